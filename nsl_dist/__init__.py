@@ -1,0 +1,9 @@
+"""Distributed deep metric learning by classification: the Normalized Softmax Loss at 10^4 to 10^8 classes, on Ray."""
+
+import os
+
+if "RAY_ADDRESS" not in os.environ:
+    # A Ray started on this machine alone stays on loopback (Ray reads this when it is imported, and named the variable
+    # after the systems on which that is the default) and is not starved by what else runs there.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")

@@ -1,0 +1,51 @@
+"""Connecting to Ray: the cluster that a job was submitted to, or one of this machine alone."""
+
+import math
+import os
+
+import ray
+import ray.data
+
+OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
+
+
+def connect(*, num_cpus: int) -> None:
+    """Connect to the cluster of `ray job submit` or RAY_ADDRESS; without one start Ray on this machine, on loopback.
+
+    Args:
+        num_cpus: logical CPUs that the work needs; a local Ray gets as many even on a machine with fewer cores, which
+            then share them.
+    """
+    # Progress is printed by the jobs themselves, as plain lines.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level="warning")
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(num_cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level="warning",
+    )
+
+
+def require(*, cpus: float, gpus: float, why: str) -> None:
+    """Refuse a cluster that cannot run the plan, which would otherwise wait for ever without a word.
+
+    The nodes that an autoscaler may add count too.
+
+    Raises:
+        ValueError: CPUs or GPUs are lacking.
+    """
+    available = ray.cluster_resources()
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    for name, needed in (("CPU", cpus), ("GPU", gpus)):
+        most = max(available.get(name, 0), limits.get(name, 0))
+        if most < needed:
+            raise ValueError(
+                f"the cluster has {most:g} {name}s, this run needs {math.ceil(needed)}: {why}; lower --num-workers or "
+                "--cpus-per-worker, or add nodes"
+            )

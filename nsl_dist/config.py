@@ -1,0 +1,227 @@
+"""The configuration of a run: frozen, validated, every field with its unit. Recipes fill it in; flags override it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, and how batches are made of them."""
+
+    root: str | None = None
+    """Folder or URI of a raw Stanford Online Products folder (sharded once into --storage, cached by digest) or of
+    shards written by jobs/prepare_shards.py. None: built-in synthetic products."""
+    batch_size: int = 80
+    """Images in a global batch, over all workers."""
+    images_per_class: int = 5
+    """Images of each class in a batch, drawn with replacement; batch-size / images-per-class distinct classes."""
+    image_size: int = 64
+    """Edge of the square crop that the model sees, pixels."""
+    crop_ratio: float = 0.875
+    """Edge of the crop as a share of the edge that images are resized to (aspect ignored): 224 / 256 in the paper."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    rotation: float = 0.0
+    """Training images are rotated by up to this many degrees either way."""
+    scale: float = 0.0
+    """Training images are scaled by up to this share either way."""
+    shear: float = 0.0
+    """Training images are sheared by up to this many degrees either way."""
+    max_undecodable: float = 0.01
+    """Share of the images that may fail to decode when a raw folder is sharded; they are listed and left out."""
+
+    def __post_init__(self) -> None:
+        _require(self.images_per_class >= 1, f"--data.images-per-class {self.images_per_class} must be at least 1")
+        _require(
+            self.batch_size > 0 and self.batch_size % self.images_per_class == 0,
+            f"--data.batch-size {self.batch_size} is not a positive multiple of --data.images-per-class "
+            f"{self.images_per_class}",
+        )
+        _require(self.image_size >= 8, f"--data.image-size {self.image_size} must be at least 8 pixels")
+        _require(0 < self.crop_ratio <= 1, f"--data.crop-ratio {self.crop_ratio} must be in (0, 1]")
+        _require(0 <= self.scale < 1, f"--data.scale {self.scale} must be in [0, 1)")
+        _require(0 <= self.rotation <= 180, f"--data.rotation {self.rotation} must be in [0, 180] degrees")
+        _require(0 <= self.shear <= 45, f"--data.shear {self.shear} must be in [0, 45] degrees")
+        _require(0 <= self.max_undecodable <= 1, f"--data.max-undecodable {self.max_undecodable} must be in [0, 1]")
+
+    @property
+    def classes_per_batch(self) -> int:
+        """Distinct classes in a global batch."""
+        return self.batch_size // self.images_per_class
+
+    @property
+    def resized_edge(self) -> int:
+        """Edge that images are resized to before the crop, pixels."""
+        return round(self.image_size / self.crop_ratio)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, pooling, LayerNorm, linear, L2."""
+
+    backbone: str = "resnet18"
+    """Any torchvision classification model whose last layer is linear, by torchvision's own name."""
+    weights: str | None = None
+    """torchvision's name of pretrained weights (IMAGENET1K_V1, DEFAULT, ...) or a state_dict file. None: random."""
+    dim: int = 128
+    """Embedding dimensions; equal to the backbone's feature width leaves the linear layer out."""
+    batch_norm: Literal["local", "sync", "frozen"] = "local"
+    """Batch statistics of each worker's own part, of the global batch (GPUs only), or none: frozen running ones."""
+
+    def __post_init__(self) -> None:
+        _require(self.dim >= 1, f"--model.dim {self.dim} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """The class-proxy matrix and its loss."""
+
+    sample_rate: float = 1.0
+    """Share of the classes that take part in each iteration, in (0, 1]; those of the batch always do."""
+    temperature: float = 0.05
+    """Sigma of the Normalized Softmax Loss."""
+    lr_scale: float = 1.0
+    """Learning rate of the proxies as a multiple of the backbone's."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.sample_rate <= 1, f"--proxies.sample-rate {self.sample_rate} must be in (0, 1]; 1 is all")
+        _require(
+            0.0137 <= self.temperature, f"--proxies.temperature {self.temperature} must be at least 0.0137 (float32)"
+        )
+        _require(self.lr_scale > 0, f"--proxies.lr-scale {self.lr_scale} must be positive")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its schedule."""
+
+    epochs: int = 15
+    """Epochs of floor(images / batch-size) iterations, the new-layers-only ones not counted."""
+    new_layers_epochs: int = 0
+    """Epochs before those that train only the linear layer and the proxies; then a fresh optimiser trains all."""
+    lr: float = 0.03
+    """Learning rate of backbone and linear layer at the top of the schedule."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """SGD weight decay, proxies included."""
+    schedule: Literal["step", "cosine"] = "cosine"
+    """step: x0.1 after --optim.step-epochs; cosine: to zero at the end."""
+    step_epochs: int = 15
+    """Epochs at the full learning rate under the step schedule."""
+    warmup_steps: int = 20
+    """Iterations of linear warm-up."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "step_epochs"):
+            _require(getattr(self, name) >= 1, f"--optim.{name.replace('_', '-')} {getattr(self, name)} must be >= 1")
+        for name in ("new_layers_epochs", "warmup_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"--optim.{name.replace('_', '-')} {getattr(self, name)} must be >= 0")
+        _require(self.lr > 0, f"--optim.lr {self.lr} must be positive")
+        _require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of backbone, proxies, optimisers and step."""
+
+    every: int = 0
+    """Iterations between checkpoints; 0 writes one at the end of every epoch."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"--checkpoint.every {self.every} must be >= 0")
+        _require(self.keep >= 1, f"--checkpoint.keep {self.keep} must be >= 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Retrieval on the test split: every image queries the rest."""
+
+    every: int = 0
+    """Epochs between evaluations; 0 evaluates at the end only."""
+    untrained: bool = False
+    """Evaluate before the first iteration too, to show what training adds."""
+    recall_at: tuple[int, ...] = (1, 10, 100, 1000)
+    """Values of K for recall@K."""
+    batch_size: int = 128
+    """Images embedded at a time by one actor."""
+    num_shards: int | None = None
+    """Shards of the gallery, searched in parallel and merged exactly. None: one for each actor that embeds."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"--eval.every {self.every} must be >= 0")
+        _require(
+            len(self.recall_at) > 0 and min(self.recall_at) >= 1, f"--eval.recall-at {self.recall_at} must all be >= 1"
+        )
+        _require(self.batch_size >= 1, f"--eval.batch-size {self.batch_size} must be >= 1")
+        _require(self.num_shards is None or self.num_shards >= 1, f"--eval.num-shards {self.num_shards} must be >= 1")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str | None = None
+    """MLflow server or database. None: sqlite:///STORAGE/mlflow.db, or ~/nsl_dist/mlflow.db where storage is remote."""
+    experiment: str = "sop"
+    """MLflow experiment."""
+    every: int = 10
+    """Iterations between logged metrics and lines of progress."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"--tracking.every {self.every} must be >= 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run: data, model, proxies, optimisation, evaluation, where it runs and where it is kept."""
+
+    recipe: str = "laptop"
+    """The recipe that the other flags start from: laptop, or the paper's sop_resnet50."""
+    storage: str = "~/nsl_dist"
+    """Folder or URI where runs, checkpoints and shards go; on a cluster, one that all nodes can reach."""
+    run_name: str | None = None
+    """Name of the run, a folder below STORAGE/runs. None: the recipe and the time."""
+    num_workers: int | None = None
+    """Training workers. None: one for each GPU of the cluster, or one on CPUs."""
+    cpus_per_worker: int = 1
+    """CPUs that each training worker reserves; the rest of the cluster reads and decodes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers train. auto: cuda if the cluster has GPUs."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast of the backbone. auto: bfloat16 where the device computes in it (GPUs, CPUs with AMX)."""
+    max_failures: int = 3
+    """Worker losses after which the run goes on from its last checkpoint; -1 for no limit."""
+    seed: int = 0
+    """Seed of weights, plan, augmentation and class sampling."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    proxies: ProxyConfig = field(default_factory=ProxyConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.cpus_per_worker >= 1, f"--cpus-per-worker {self.cpus_per_worker} must be at least 1")
+        _require(self.seed >= 0, f"--seed {self.seed} must not be negative")
+        if self.num_workers is not None:
+            _require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
+            batch_size = self.data.batch_size
+            _require(
+                batch_size % self.num_workers == 0,
+                f"global batch {batch_size} is not divisible by {self.num_workers} workers; set --data.batch-size to a "
+                f"multiple of {self.num_workers} and of --data.images-per-class {self.data.images_per_class}",
+            )
+        if self.run_name is not None:
+            _require(
+                bool(self.run_name) and "/" not in self.run_name and not self.run_name.startswith("."),
+                f"--run-name {self.run_name!r} must be a folder name without a slash or leading dot",
+            )

@@ -1,0 +1,1 @@
+"""Images on their way to the model: readers, shards, the class-balanced plan and its streaming."""

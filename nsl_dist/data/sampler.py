@@ -1,0 +1,74 @@
+"""The class-balanced plan: (seed, step) -> classes and images. Pure numbers; no I/O, no workers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The images of one batch or of one worker's part of it: for each, its class and its place within the class."""
+
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ClassBalancedPlan:
+    """Batches of distinct classes with several images of each (paper, section 4.1), the same for any number of workers.
+
+    Attributes:
+        class_sizes: images of each class, `[num_classes]`.
+        batch_size: images in a global batch.
+        images_per_class: images of each class in a batch, drawn with replacement.
+        seed: with the step, all that a batch depends on.
+    """
+
+    class_sizes: NDArray[np.int64]
+    batch_size: int
+    images_per_class: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_classes < self.classes_per_batch:
+            raise ValueError(
+                f"a batch of {self.batch_size} images with {self.images_per_class} of each class needs "
+                f"{self.classes_per_batch} classes, but the training split has {self.num_classes}; lower "
+                "--data.batch-size or raise --data.images-per-class"
+            )
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"a batch of {self.batch_size} images is larger than the training split of "
+                f"{int(self.class_sizes.sum())}; lower --data.batch-size"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes to draw from."""
+        return len(self.class_sizes)
+
+    @property
+    def classes_per_batch(self) -> int:
+        """Distinct classes in a global batch."""
+        return self.batch_size // self.images_per_class
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Iterations in an epoch: floor(images / batch)."""
+        return int(self.class_sizes.sum()) // self.batch_size
+
+    def batch(self, step: int) -> PlannedBatch:
+        """Draw the global batch of a step."""
+        rng = np.random.default_rng((self.seed, step))
+        classes = rng.choice(self.num_classes, size=self.classes_per_batch, replace=False)
+        labels = np.repeat(classes, self.images_per_class)
+        return PlannedBatch(labels=labels, indices=rng.integers(self.class_sizes[labels]))
+
+    def part(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
+        """Return one worker's part of a step's batch: the images in its turn, equally many for every worker."""
+        assert self.batch_size % world_size == 0, f"{self.batch_size} % {world_size} != 0"
+        part_size = self.batch_size // world_size
+        part = slice(rank * part_size, (rank + 1) * part_size)
+        batch = self.batch(step)
+        return PlannedBatch(labels=batch.labels[part], indices=batch.indices[part])

@@ -1,0 +1,372 @@
+"""Image records <-> Parquet shards of class bags, with a manifest.
+
+A shard is a Parquet file of whole classes, one row group (a bag) for each class and one row for each image, encoded as
+it was found: the images of a class are one range read, on a disk or in an object store. Beside the shards lie
+`classes.parquet` (for each class its split, label, size, shard and row group) and, written last, `manifest.json`.
+"""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from nsl_dist import storage
+from nsl_dist.data.layouts import RECORDS_SCHEMA, is_sop, read_sop
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 64 * 2**20
+MIN_SHARDS = 8  # of a split, so that small data sets are read and embedded in parallel too
+
+BAG_SCHEMA = pa.schema([("image_id", pa.int64()), ("class_id", pa.string()), ("image", pa.binary())])
+CLASSES_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("label", pa.int64()),  # 0 to number of classes of the split - 1
+        ("class_id", pa.string()),
+        ("num_images", pa.int64()),
+        ("shard", pa.string()),
+        ("row_group", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The classes of one split, in order of label.
+
+    Attributes:
+        root: where the shards lie.
+        sizes: images of each class.
+        shard_names: the shards of the split.
+        shards: for each class, its place in `shard_names`.
+        row_groups: for each class, its row group within the shard.
+    """
+
+    root: str
+    sizes: NDArray[np.int64]
+    shard_names: list[str]
+    shards: NDArray[np.int32]
+    row_groups: NDArray[np.int32]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes with at least one image."""
+        return len(self.sizes)
+
+    @property
+    def num_images(self) -> int:
+        """Images of all classes."""
+        return int(self.sizes.sum())
+
+    @property
+    def num_singletons(self) -> int:
+        """Classes with one image, which as queries can only miss."""
+        return int((self.sizes == 1).sum())
+
+    def read_bag(self, label: int, columns: list[str]) -> pa.Table:
+        """Read the images of one class, all of them, in their fixed order."""
+        shard = _open_shard(storage.join(self.root, self.shard_names[self.shards[label]]))
+        return shard.read_row_group(int(self.row_groups[label]), columns=columns)
+
+
+@functools.lru_cache(maxsize=256)
+def _open_shard(location: str) -> pq.ParquetFile:
+    filesystem, path = storage.resolve(location)
+    return pq.ParquetFile(path, filesystem=filesystem)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says of a folder of shards, and where that folder is."""
+
+    root: str
+    layout: str
+    source: str
+    digest: str
+    splits: dict[str, dict[str, int]]
+    undecodable: list[dict[str, str]]
+    shards: list[dict[str, Any]]
+    version: int = FORMAT_VERSION
+
+    def split(self, name: str) -> Split:
+        """Load the classes of one split.
+
+        Raises:
+            ValueError: the data set has no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"{self.root} has no split {name!r}, only {', '.join(self.splits)}")
+        filesystem, path = storage.resolve(storage.join(self.root, "classes.parquet"))
+        table = pq.read_table(path, filesystem=filesystem, filters=[("split", "=", name)])
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        return Split(
+            root=self.root,
+            sizes=table["num_images"].to_numpy(),
+            shard_names=shards.dictionary.to_pylist(),
+            shards=shards.indices.to_numpy(),
+            row_groups=table["row_group"].to_numpy().astype(np.int32),
+        )
+
+
+def is_prepared(root: str) -> bool:
+    """Tell whether a folder holds finished shards."""
+    return storage.exists(storage.join(root, "manifest.json"))
+
+
+def load_manifest(root: str) -> Manifest:
+    """Read a manifest and check that its shards are there.
+
+    Raises:
+        ValueError: the manifest is of another version or unreadable, or a shard is missing or of another size.
+    """
+    root = storage.absolute(root)
+    location = storage.join(root, "manifest.json")
+    try:
+        content = json.loads(storage.read_bytes(location))
+        version = content["version"]
+        manifest = Manifest(root=root, **content) if version == FORMAT_VERSION else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{location} is no manifest of shards: {error}; run jobs/prepare_shards.py again") from error
+    if manifest is None:
+        raise ValueError(
+            f"{location} has format version {version}, this release reads {FORMAT_VERSION}; run "
+            "jobs/prepare_shards.py again"
+        )
+    filesystem, path = storage.resolve(root)
+    sizes = {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(path))}
+    for shard in manifest.shards:
+        if sizes.get(shard["path"]) != shard["num_bytes"]:
+            raise ValueError(
+                f"shard {storage.join(root, shard['path'])} has {sizes.get(shard['path'], 'no')} bytes, its manifest "
+                f"says {shard['num_bytes']}; delete {root} and prepare it again"
+            )
+    return manifest
+
+
+def records_digest(records: pa.Table, *, layout: str) -> str:
+    """Return the SHA-256 of a data set: splits, classes, names and sizes of its images; not of where it lies."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {layout}\n".encode())
+    for batch in records.to_batches(max_chunksize=65536):
+        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        digest.update("".join("\t".join(map(str, row)) + "\n" for row in rows).encode())
+    return digest.hexdigest()
+
+
+def open_or_prepare(root: str, *, cache: str, max_undecodable: float) -> Manifest:
+    """Open prepared shards, or prepare a raw folder into `cache/DIGEST` unless that was done before.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: it is neither shards nor a known layout, or its contents are refused (see `read_sop`, `prepare`).
+    """
+    root = storage.absolute(root)
+    if is_prepared(root):
+        return load_manifest(root)
+    records = read_records(root)
+    out = storage.join(cache, records_digest(records, layout="sop")[:16])
+    if not is_prepared(out):
+        print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
+    return prepare(records, root=root, out=out, max_undecodable=max_undecodable)
+
+
+def read_records(root: str) -> pa.Table:
+    """Read the records of a raw folder, its layout recognised by its split files."""
+    if not storage.exists(root):
+        raise FileNotFoundError(
+            f"no such folder: {root}; set --data.root to an unpacked Stanford_Online_Products folder or to shards "
+            "written by jobs/prepare_shards.py"
+        )
+    if not is_sop(root):
+        raise ValueError(
+            f"{root} holds neither shards (manifest.json) nor Stanford Online Products (Ebay_train.txt, "
+            "Ebay_test.txt); set --data.root to one of them"
+        )
+    return read_sop(root)
+
+
+def prepare(records: pa.Table, *, root: str, out: str, max_undecodable: float, layout: str = "sop") -> Manifest:
+    """Write shards and manifest of a data set, one shard at a time on every CPU of the cluster, with progress.
+
+    Undecodable images are left out and listed in the manifest. The manifest is written last: a folder without one is
+    unfinished and is written again.
+
+    Args:
+        records: with `RECORDS_SCHEMA`, ordered by split and class.
+        root: folder or URI that the records' paths start from.
+        out: folder or URI to write to.
+        max_undecodable: share of the images above which preparation stops.
+        layout: named in the manifest.
+
+    Raises:
+        ValueError: too many images are undecodable, or `out` holds another data set.
+    """
+    assert records.schema == RECORDS_SCHEMA, f"{records.schema} is not {RECORDS_SCHEMA}"
+    root, out = storage.absolute(root), storage.absolute(out)
+    digest = records_digest(records, layout=layout)
+    if is_prepared(out):
+        manifest = load_manifest(out)
+        if manifest.digest != digest:
+            raise ValueError(
+                f"{out} holds shards of another data set (digest {manifest.digest[:16]}, of {manifest.source}; "
+                f"{root} has {digest[:16]}); choose another --out or delete it"
+            )
+        return manifest
+    storage.check_writable(out)
+
+    ranges = _cut_into_shards(records)
+    records_ref = ray.put(records)
+
+    def write(task: dict[str, Any]) -> dict[str, Any]:
+        start, stop = task["start"], task["stop"]
+        part = ray.get(records_ref).slice(start, stop - start)
+        return {"report": json.dumps(_write_shard(part, root=root, out=out, name=task["name"]))}
+
+    tasks = [{"name": name, "start": start, "stop": stop} for name, start, stop in ranges]
+    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write, num_cpus=1)
+    reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
+
+    classes = _index_classes([row for report in reports for row in report["classes"]])
+    filesystem, path = storage.resolve(storage.join(out, "classes.parquet"))
+    pq.write_table(classes, path, filesystem=filesystem)
+    shards = sorted((report["shard"] for report in reports), key=lambda shard: str(shard["path"]))
+    content = {
+        "version": FORMAT_VERSION,
+        "layout": layout,
+        "source": root,
+        "digest": digest,
+        "splits": _count_splits(classes),
+        "undecodable": [image for report in reports for image in report["undecodable"]],
+        "shards": shards,
+    }
+    storage.write_bytes(storage.join(out, "manifest.json"), json.dumps(content, indent=1).encode())
+    return load_manifest(out)
+
+
+def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
+    """Cut ordered records into (name, start, stop) of about equal bytes, never through a class."""
+    splits, class_ids = records["split"].to_numpy(), records["class_id"].to_numpy()
+    new_class = np.ones(len(records), dtype=bool)
+    new_class[1:] = (splits[1:] != splits[:-1]) | (class_ids[1:] != class_ids[:-1])
+    ranges = []
+    for split in dict.fromkeys(splits):
+        rows = np.flatnonzero(splits == split)
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        ends = np.cumsum(records["num_bytes"].to_numpy()[first:last])
+        num_shards = max(MIN_SHARDS, -(-int(ends[-1]) // SHARD_BYTES))
+        starts = first + np.flatnonzero(new_class[first:last])
+        # A class goes to the shard in which its first byte falls.
+        shard_of_class = (np.append(0, ends)[starts - first] * num_shards // max(int(ends[-1]), 1)).astype(int)
+        cuts = [*starts[np.append(True, shard_of_class[1:] != shard_of_class[:-1])].tolist(), last]
+        ranges += [(f"{split}-{i:05d}.parquet", *cut) for i, cut in enumerate(zip(cuts, cuts[1:], strict=False))]
+    return ranges
+
+
+def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[str, Any]:
+    """Write one shard, a class at a time; return what the manifest says of it."""
+    from nsl_dist.data.transforms import decode  # torchvision takes seconds to import, and the driver decodes nothing
+
+    source, source_path = storage.resolve(root)
+    target, target_path = storage.resolve(storage.join(out, name))
+    classes: list[dict[str, Any]] = []
+    undecodable: list[dict[str, str]] = []
+    rows = records.to_pylist()
+    # Statistics of the image column would put whole images into the footer.
+    with pq.ParquetWriter(
+        target_path, BAG_SCHEMA, filesystem=target, compression="none", use_dictionary=False, write_statistics=False
+    ) as writer:
+        start = 0
+        while start < len(rows):
+            stop = start
+            images, image_ids = [], []
+            while stop < len(rows) and rows[stop]["class_id"] == rows[start]["class_id"]:
+                row = rows[stop]
+                stop += 1
+                with source.open_input_stream(f"{source_path}/{row['path']}") as stream:
+                    encoded = stream.read()
+                try:
+                    decode(encoded)
+                except (RuntimeError, ValueError) as error:
+                    undecodable.append({"path": row["path"], "error": str(error).splitlines()[0]})
+                    continue
+                images.append(encoded)
+                image_ids.append(row["image_id"])
+            if images:
+                class_id = rows[start]["class_id"]
+                bag = pa.table([image_ids, [class_id] * len(images), images], schema=BAG_SCHEMA)
+                row_group = len(classes)
+                writer.write_table(bag, row_group_size=len(images))
+                classes.append(
+                    {
+                        "split": rows[start]["split"],
+                        "class_id": class_id,
+                        "num_images": len(images),
+                        "shard": name,
+                        "row_group": row_group,
+                    }
+                )
+            start = stop
+    num_bytes = target.get_file_info(target_path).size
+    num_images = sum(row["num_images"] for row in classes)
+    shard = {"path": name, "num_images": num_images, "num_bytes": num_bytes}
+    return {"shard": shard, "classes": classes, "undecodable": undecodable}
+
+
+def _collect(rows: Iterator[dict[str, Any]], *, num_images: int, max_undecodable: float) -> list[dict[str, Any]]:
+    """Gather the shards' reports with progress; stop as soon as too many images are undecodable."""
+    reports: list[dict[str, Any]] = []
+    done = 0
+    bad: list[dict[str, str]] = []
+    started = last_shown = time.monotonic()
+    for row in rows:
+        report = json.loads(row["report"])
+        reports.append(report)
+        bad += report["undecodable"]
+        done += report["shard"]["num_images"] + len(report["undecodable"])
+        if len(bad) > max_undecodable * num_images:
+            raise ValueError(
+                f"{len(bad)} of {num_images} images cannot be decoded, more than the allowed share "
+                f"{max_undecodable}; first: {bad[0]['path']} ({bad[0]['error']}); mend them, or raise "
+                "--data.max-undecodable (--max-undecodable of jobs/prepare_shards.py) to leave them out"
+            )
+        now = time.monotonic()
+        if now - last_shown > 2 or done == num_images:
+            rate = done / (now - started)
+            print(
+                f"shards: {done:,}/{num_images:,} images, {rate:,.0f} images/s, {(num_images - done) / rate:.0f} s left",
+                flush=True,
+            )
+            last_shown = now
+    return reports
+
+
+def _index_classes(rows: list[dict[str, Any]]) -> pa.Table:
+    """Number the classes of each split in the order of their shards and row groups."""
+    rows.sort(key=lambda row: (row["split"], row["shard"], row["row_group"]))
+    labels: dict[str, int] = {}
+    for row in rows:
+        row["label"] = labels.get(row["split"], 0)
+        labels[row["split"]] = row["label"] + 1
+    return pa.Table.from_pylist(rows, schema=CLASSES_SCHEMA)
+
+
+def _count_splits(classes: pa.Table) -> dict[str, dict[str, int]]:
+    counts = {}
+    for split in classes["split"].unique().to_pylist():
+        sizes = classes.filter(pa.compute.equal(classes["split"], split))["num_images"].to_numpy()
+        counts[split] = {
+            "num_images": int(sizes.sum()),
+            "num_classes": len(sizes),
+            "num_singletons": int((sizes == 1).sum()),
+        }
+    return counts

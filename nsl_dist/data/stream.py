@@ -1,0 +1,84 @@
+"""The plan executed by Ray Data: class bags read, decoded and augmented wherever the cluster has CPUs."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from nsl_dist.config import DataConfig
+from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
+from nsl_dist.data.shards import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torchvision takes seconds to import: only the tasks that decode do, not the coordinator of the split and the driver.
+
+BLOCKS_AHEAD = 8  # batches that may wait in the object store, for each worker
+
+
+def planned_batches(
+    plan: ClassBalancedPlan, split: Split, config: DataConfig, *, first_step: int, last_step: int, world_size: int
+) -> list[ray.data.DataIterator]:
+    """Stream every worker's part of the batches `first_step` to `last_step - 1`.
+
+    A block is one worker's part of one step, in the order (step, rank); with order preserved and whole blocks of equal
+    size, the split hands them to the workers in turn. Every row carries its step and rank, for the worker to check.
+
+    Returns:
+        For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
+    """
+    shared = ray.put((plan, split))
+    part_size = plan.batch_size // world_size
+    block_bytes = part_size * 3 * config.image_size**2
+
+    def make_part(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+        from nsl_dist.data.transforms import augment
+
+        plan, split = ray.get(shared)
+        (turn,) = rows["id"].tolist()
+        step, rank = first_step + turn // world_size, turn % world_size
+        part = plan.part(step, rank=rank, world_size=world_size)
+        resized = fetch(part, split, config)
+        positions = range(rank * part_size, (rank + 1) * part_size)
+        images = augment(resized, positions, config, seed=plan.seed, step=step)
+        return {
+            "image": images.numpy(),
+            "step": np.full(part_size, step),
+            "rank": np.full(part_size, rank),
+        }
+
+    num_blocks = (last_step - first_step) * world_size
+    dataset = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
+        make_part, batch_size=None, num_cpus=1
+    )
+    context = dataset.context
+    context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=BLOCKS_AHEAD * world_size * block_bytes
+    )
+    return dataset.streaming_split(world_size, equal=True)
+
+
+def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
+    """Read, decode and resize the images of a planned batch.
+
+    Returns:
+        uint8 `[len(part.labels), 3, resized_edge, resized_edge]`.
+    """
+    import torch
+
+    from nsl_dist.data.transforms import decode, resize
+
+    images = torch.empty(len(part.labels), 3, config.resized_edge, config.resized_edge, dtype=torch.uint8)
+    for label in np.unique(part.labels).tolist():
+        bag = split.read_bag(label, ["image"])["image"]
+        places = np.flatnonzero(part.labels == label)
+        # An image drawn twice is decoded once.
+        for index in np.unique(part.indices[places]).tolist():
+            image = resize(decode(bag[index].as_py()), config.resized_edge)
+            images[places[part.indices[places] == index]] = image
+    return images

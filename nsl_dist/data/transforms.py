@@ -1,0 +1,97 @@
+"""Images before they reach the model: resize, augment, crop; normalisation on the device.
+
+Letters of tensor names: B images, C = 3 colours, H and W pixels.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as tv
+
+from nsl_dist.config import DataConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def decode(encoded: bytes) -> Tensor:
+    """Decode a JPEG, PNG, WebP or GIF image, grayscale included, to RGB.
+
+    Returns:
+        uint8 `[3, H, W]`.
+
+    Raises:
+        RuntimeError: the bytes are no image that can be read whole.
+    """
+    return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def resize(image_CHW: Tensor, edge: int) -> Tensor:
+    """Resize to `edge` x `edge` pixels, aspect ignored (paper, section 4.1)."""
+    return tv.resize(image_CHW, [edge, edge], antialias=True)
+
+
+def eval_transform(image_CHW: Tensor, config: DataConfig) -> Tensor:
+    """Resize and cut out the centre: uint8 `[3, image_size, image_size]`."""
+    return tv.center_crop(resize(image_CHW, config.resized_edge), [config.image_size, config.image_size])
+
+
+def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed: int, step: int) -> Tensor:
+    """Crop at random, mirror, rotate, scale and shear, all in one resampling.
+
+    Args:
+        resized_BCHW: uint8 images, `config.resized_edge` square.
+        positions: their places in the global batch; an image's augmentation depends on (seed, step, place) alone, not
+            on the number of workers.
+        config: the strengths.
+        seed: of the run.
+        step: of the batch.
+
+    Returns:
+        uint8 `[B, 3, image_size, image_size]`.
+    """
+    # 7 draws for each place; a second word in the seed keeps them apart from the plan's draws.
+    draws = np.random.default_rng((seed, step, 1)).random((config.batch_size, 7))[positions.start : positions.stop]
+    left, top, mirror, angle, scale, shear_x, shear_y = torch.from_numpy(draws).float().T
+    edge, size = config.resized_edge, config.image_size
+    left, top = [(u * (edge - size + 1)).floor() for u in (left, top)]
+    flip = torch.where(mirror < 0.5, -1.0, 1.0) if config.flip else torch.ones_like(mirror)
+
+    if config.rotation == config.scale == config.shear == 0:
+        crops = []
+        for image, x, y, f in zip(resized_BCHW, left.int().tolist(), top.int().tolist(), flip.tolist(), strict=True):
+            crop = image[:, y : y + size, x : x + size]
+            crops.append(crop.flip(2) if f < 0 else crop)
+        return torch.stack(crops)
+
+    def symmetric(u: Tensor, bound: float) -> Tensor:
+        return (2 * u - 1) * bound
+
+    angle = torch.deg2rad(symmetric(angle, config.rotation))
+    shear_x = torch.tan(torch.deg2rad(symmetric(shear_x, config.shear)))
+    shear_y = torch.tan(torch.deg2rad(symmetric(shear_y, config.shear)))
+    zoom = (1 + symmetric(scale, config.scale)) * size / edge
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    # Output to input coordinates, both in [-1, 1]: the crop's offset, then rotation x shear, then the mirror.
+    offset_x, offset_y = (2 * left + size - edge) / edge, (2 * top + size - edge) / edge
+    matrix_B23 = torch.stack(
+        [
+            torch.stack([(cos - sin * shear_y) * flip, cos * shear_x - sin, offset_x], dim=1),
+            torch.stack([(sin + cos * shear_y) * flip, sin * shear_x + cos, offset_y], dim=1),
+        ],
+        dim=1,
+    )
+    grid = F.affine_grid(matrix_B23, [len(resized_BCHW), 3, size, size], align_corners=False)
+    sampled = F.grid_sample(resized_BCHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.round_().to(torch.uint8)
+
+
+def normalise(images_BCHW: Tensor) -> Tensor:
+    """Scale uint8 images to ImageNet's mean and deviation: float32, on the device that they are on."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images_BCHW.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images_BCHW.device).view(3, 1, 1)
+    return images_BCHW.float().div_(255).sub_(mean).div_(std)
+
+

@@ -1,0 +1,1 @@
+"""The distributed evaluation: embedding, sharded search, metrics."""

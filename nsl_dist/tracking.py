@@ -1,0 +1,79 @@
+"""MLflow: the one module that speaks to it. The driver owns the run; workers send it their records."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.tracking import MlflowClient
+
+from nsl_dist import storage
+from nsl_dist.config import TrainConfig
+
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+
+
+def tracking_uri(config: TrainConfig) -> str:
+    """Return the configured MLflow URI, or that of a SQLite database beside the runs."""
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    root = "~/nsl_dist" if "://" in config.storage else config.storage
+    return f"sqlite:///{storage.absolute(root)}/mlflow.db"
+
+
+class TrackedRun:
+    """One MLflow run: parameters at its start, metrics by global step, files at its end."""
+
+    def __init__(self, config: TrainConfig, *, digest: str, run_id: str | None = None) -> None:
+        """Open a run.
+
+        Args:
+            config: logged field by field.
+            digest: of the data, logged as a parameter.
+            run_id: of a run to go on with; None creates one.
+
+        Raises:
+            ValueError: the tracking URI cannot be opened.
+        """
+        uri = tracking_uri(config)
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            experiment = self._client.get_experiment_by_name(config.tracking.experiment)
+            if experiment is None:
+                artifacts = None if uri.startswith("http") else storage.join(config.storage, "mlartifacts")
+                experiment_id = self._client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+            else:
+                experiment_id = experiment.experiment_id
+            if run_id is None:
+                run_id = self._client.create_run(experiment_id, run_name=config.run_name).info.run_id
+                params = {**_flatten(dataclasses.asdict(config)), "data.digest": digest}
+                self._client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()])
+            else:
+                self._client.update_run(run_id, status="RUNNING")
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            raise ValueError(f"--tracking.uri {_CREDENTIALS.sub('://***@', uri)} cannot be used: {error}") from error
+        self.run_id: str = run_id
+
+    def log(self, metrics: dict[str, float], *, step: int) -> None:
+        """Log metrics at a global step."""
+        now = int(time.time() * 1000)
+        self._client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+
+    def finish(self, *, status: str, files: list[str]) -> None:
+        """Log local files as artifacts and end the run as FINISHED or FAILED."""
+        for file in files:
+            self._client.log_artifact(self.run_id, file)
+        self._client.set_terminated(self.run_id, status)
+
+
+def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn a nested configuration into parameters by dotted name, without the credentials that a URI may hold."""
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = _CREDENTIALS.sub("://***@", str(value))
+    return flat

@@ -1,0 +1,1 @@
+"""The training step, the loop around it on Ray Train, its checkpoints and the run as a whole."""

@@ -1,0 +1,275 @@
+"""A run as a whole, as its driver sees it: data, cluster, training, evaluation, results."""
+
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from nsl_dist import cluster, storage
+from nsl_dist.config import TrainConfig
+from nsl_dist.data.sampler import ClassBalancedPlan
+from nsl_dist.data.shards import Manifest, open_or_prepare
+from nsl_dist.data.synthetic import write_products
+from nsl_dist.model import build_model
+from nsl_dist.proxies.partition import Partition
+from nsl_dist.retrieval.evaluation import evaluate
+from nsl_dist.tracking import TrackedRun, tracking_uri
+from nsl_dist.training import checkpoint
+from nsl_dist.training.loop import Setup, train_worker
+from nsl_dist.training.step import Schedule
+
+# CPUs beside the training workers: one to decode, and for evaluation in mid-run one to embed and one to decode for it.
+DATA_CPUS = 1
+MID_RUN_EVAL_CPUS = 2
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train and evaluate; show progress and results; return what is written to `results.json`.
+
+    Raises:
+        FileNotFoundError: the data is not there.
+        ValueError: configuration, data, storage or cluster cannot give this run; nothing was trained.
+        ray.train.TrainingFailedError: training failed more often than `config.max_failures`.
+    """
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+    storage.check_writable(config.storage)
+    initial_state = build_model(config.model, seed=config.seed).state_dict()
+    cluster.connect(num_cpus=(config.num_workers or 1) * config.cpus_per_worker + DATA_CPUS + MID_RUN_EVAL_CPUS)
+    config = _settle(config)
+    run_dir = storage.join(config.storage, "runs", str(config.run_name))
+    if storage.exists(storage.join(run_dir, "results.json")):
+        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
+
+    manifest = _open_data(config)
+    split = manifest.split("train")
+    plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
+    schedule = Schedule(config.optim, plan.steps_per_epoch)
+    tracked = _track(config, manifest, run_dir)
+    _announce(config, manifest, schedule, run_dir)
+    seconds["setup"] = time.monotonic() - started
+
+    status = "FAILED"
+    files: list[str] = []
+    try:
+        results: dict[str, Any] = {}
+        if config.eval.untrained:
+            results["untrained"] = evaluate(initial_state, config, manifest, out=storage.join(run_dir, "embeddings"))
+            tracked.log(_recall_metrics(results["untrained"]), step=0)
+            print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
+
+        started = time.monotonic()
+        state = _fit(config, manifest, tracked, run_dir, schedule)
+        seconds["train"] = time.monotonic() - started
+
+        started = time.monotonic()
+        results |= evaluate(state, config, manifest, out=storage.join(run_dir, "embeddings"))
+        tracked.log(_recall_metrics(results), step=schedule.num_steps)
+        seconds["evaluate"] = time.monotonic() - started
+
+        results["evaluation_seconds"] = results.pop("seconds")
+        results |= {
+            "run_name": config.run_name,
+            "mlflow_run_id": tracked.run_id,
+            "steps": schedule.num_steps,
+            "seconds": seconds,
+            "train_images_per_second": schedule.num_steps * config.data.batch_size / seconds["train"],
+            "data": {"digest": manifest.digest, "source": manifest.source, **manifest.splits},
+            "config": dataclasses.asdict(config),
+        }
+        content = json.dumps(results, indent=1)
+        storage.write_bytes(storage.join(run_dir, "results.json"), content.encode())
+        with tempfile.TemporaryDirectory() as directory:
+            local = Path(directory, "results.json")
+            local.write_text(content)
+            tracked.finish(status="FINISHED", files=[str(local)])
+        status = "FINISHED"
+    finally:
+        if status == "FAILED":
+            tracked.finish(status=status, files=files)
+    _show_results(results, config, run_dir)
+    return results
+
+
+def _settle(config: TrainConfig) -> TrainConfig:
+    """Fill in what depends on the cluster, and check that it can run the plan."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cpu" and config.model.batch_norm == "sync":
+        raise ValueError("--model.batch-norm sync needs GPUs; choose local or frozen")
+    num_workers = config.num_workers or (max(1, gpus) if device == "cuda" else 1)
+    run_name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = dataclasses.replace(config, device=device, num_workers=num_workers, run_name=run_name)
+
+    eval_cpus = MID_RUN_EVAL_CPUS if config.eval.every else 0
+    cluster.require(
+        cpus=num_workers * config.cpus_per_worker + DATA_CPUS + eval_cpus,
+        gpus=num_workers if device == "cuda" else 0,
+        why=f"{num_workers} training workers with {config.cpus_per_worker} CPUs each, {DATA_CPUS} to read and decode"
+        + (f", {eval_cpus} to evaluate in mid-run" if eval_cpus else ""),
+    )
+    return config
+
+
+def _open_data(config: TrainConfig) -> Manifest:
+    root = config.data.root
+    if root is None:
+        print(
+            "No --data.root: training on built-in synthetic products, rendered once. For the real data set:\n"
+            "  python jobs/train_sop.py --recipe sop_resnet50 --data.root /path/to/Stanford_Online_Products",
+            flush=True,
+        )
+        root = write_products(storage.join(config.storage, "synthetic"))
+    cache = storage.join(config.storage, "shards")
+    return open_or_prepare(root, cache=cache, max_undecodable=config.data.max_undecodable)
+
+
+def _track(config: TrainConfig, manifest: Manifest, run_dir: str) -> TrackedRun:
+    """Open the MLflow run, the same one if this run was interrupted before."""
+    location = storage.join(run_dir, "mlflow_run_id")
+    run_id = storage.read_bytes(location).decode() if storage.exists(location) else None
+    tracked = TrackedRun(config, digest=manifest.digest, run_id=run_id)
+    storage.write_bytes(location, tracked.run_id.encode())
+    return tracked
+
+
+def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str) -> None:
+    """Say what the run will do before it does it."""
+    assert config.num_workers is not None
+    train, test = manifest.splits["train"], manifest.splits["test"]
+    rows = Partition(train["num_classes"], 0, config.num_workers).rows_per_rank
+    resources = ray.cluster_resources()
+    first_phase = (
+        f"{config.optim.new_layers_epochs} epochs of the new layers, then " if config.optim.new_layers_epochs else ""
+    )
+    lines = {
+        "run": f"{config.run_name} (recipe {config.recipe}, seed {config.seed})",
+        "data": f"{manifest.root} (digest {manifest.digest[:16]})",
+        "train": f"{train['num_images']:,} images of {train['num_classes']:,} classes",
+        "test": f"{test['num_images']:,} images of {test['num_classes']:,} unseen classes"
+        + (f", {test['num_singletons']:,} with one image, sure misses" if test["num_singletons"] else ""),
+        "left out": f"{len(manifest.undecodable):,} undecodable images" if manifest.undecodable else "",
+        "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} dimensions, "
+        f"{config.data.image_size} x {config.data.image_size} pixels",
+        "proxies": f"{train['num_classes']:,} x {config.model.dim}, {rows:,} on each worker, "
+        f"{config.proxies.sample_rate:.0%} of them sampled in each iteration",
+        "batches": f"{config.data.classes_per_batch} classes x {config.data.images_per_class} images = "
+        f"{config.data.batch_size}, {config.data.batch_size // config.num_workers} on each worker",
+        "schedule": f"{first_phase}{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = "
+        f"{schedule.num_steps:,} in all; SGD {config.optim.lr}, {config.optim.schedule}",
+        "workers": f"{config.num_workers} on {config.device}; the cluster has {resources.get('CPU', 0):g} CPUs and "
+        f"{resources.get('GPU', 0):g} GPUs",
+        "written to": run_dir,
+        "MLflow": tracking_uri(config).rpartition("@")[2],
+    }
+    print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
+
+
+def _fit(
+    config: TrainConfig, manifest: Manifest, tracked: TrackedRun, run_dir: str, schedule: Schedule
+) -> dict[str, Any]:
+    """Train on Ray Train; return the trained model's state."""
+    assert config.num_workers is not None
+    progress = Queue(actor_options={"num_cpus": 0})
+    setup = Setup(config, manifest, progress)
+    filesystem, path = storage.resolve(storage.join(config.storage, "runs"))
+    resources = {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=setup,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.device == "cuda", resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.run_name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
+        ),
+        validation_config=ray.train.ValidationConfig(
+            functools.partial(_evaluate_checkpoint, setup=setup, run_dir=run_dir), ray_remote_kwargs={"num_cpus": 0}
+        ),
+    )
+    relay = threading.Thread(target=_relay, args=(progress, tracked, schedule), daemon=True)
+    relay.start()
+    try:
+        result = trainer.fit()
+    finally:
+        progress.put(None)
+        relay.join()
+    with result.checkpoint.as_directory() as directory:
+        return checkpoint.load_model_state(Path(directory), config.model)
+
+
+def _evaluate_checkpoint(
+    saved: ray.train.Checkpoint, *, step: int, setup: Setup, run_dir: str
+) -> dict[str, Any]:
+    """Evaluate one checkpoint beside the training, in a task of its own."""
+    with saved.as_directory() as directory:
+        state = checkpoint.load_model_state(Path(directory), setup.config.model)
+    out = storage.join(run_dir, "embeddings", f"step-{step}")
+    results = evaluate(state, setup.config, setup.manifest, out=out)
+    setup.progress.put({"step": step, "evaluation": results})
+    return _recall_metrics(results)
+
+
+def _relay(progress: Queue, tracked: TrackedRun, schedule: Schedule) -> None:
+    """Show and track what workers and mid-run evaluations report, until a None."""
+    while (record := progress.get()) is not None:
+        step = record.pop("step")
+        if "evaluation" in record:
+            print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
+            tracked.log(_recall_metrics(record["evaluation"]), step=step)
+            continue
+        left = record.pop("seconds_left")
+        epoch = (step - 1) // schedule.steps_per_epoch + 1
+        print(
+            f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
+            f"lr {record['learning_rate']:.2g}  {record['images_per_second']:.0f} images/s  "
+            f"data wait {record['data_wait_share']:.0%}  {_duration(left)} left",
+            flush=True,
+        )
+        tracked.log(record, step=step)
+
+
+def _recall_metrics(results: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"recall_at_{k}_{kind}": share for kind, by_k in results["recall"].items() for k, share in by_k.items()
+    }
+
+
+def _recall_line(results: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{kind} recall@{'/'.join(by_k)} " + " / ".join(f"{100 * share:.1f}" for share in by_k.values())
+        for kind, by_k in results["recall"].items()
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _show_results(results: dict[str, Any], config: TrainConfig, run_dir: str) -> None:
+    rows = [("trained", results), ("untrained", results["untrained"])] if "untrained" in results else [("", results)]
+    print(f"\n{results['num_queries']:,} test images of {results['num_classes']:,} unseen classes, recall in %")
+    print(f"{'':20}" + "".join(f"{'@' + str(k):>8}" for k in config.eval.recall_at))
+    for name, result in rows:
+        for kind, by_k in result["recall"].items():
+            print(f"{f'{name} {kind}'.strip():20}" + "".join(f"{100 * share:8.2f}" for share in by_k.values()))
+    seconds = ", ".join(f"{phase} {_duration(value)}" for phase, value in results["seconds"].items())
+    print(f"{seconds}; {results['train_images_per_second']:.0f} training images/s")
+    print(f"results: {run_dir}/results.json")
+    print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri(config)}", flush=True)

@@ -1,0 +1,135 @@
+"""One training iteration, and the phases that iterations fall into. Knows nothing of Ray."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nsl_dist.config import OptimConfig, TrainConfig
+from nsl_dist.data.transforms import normalise
+from nsl_dist.device import autocast_dtype
+from nsl_dist.model import build_model
+from nsl_dist.proxies.matrix import ProxyMatrix
+from nsl_dist.proxies.partition import Partition
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The iterations of a run: `num_new_layers_steps` that train the new layers only, then those that train all."""
+
+    config: OptimConfig
+    steps_per_epoch: int
+
+    @property
+    def num_new_layers_steps(self) -> int:
+        """Iterations of the first phase."""
+        return self.config.new_layers_epochs * self.steps_per_epoch
+
+    @property
+    def num_steps(self) -> int:
+        """Iterations of the run."""
+        return self.num_new_layers_steps + self.config.epochs * self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Return the backbone's learning rate at a step; constant in the first phase (paper, section 4.1)."""
+        config, step = self.config, step - self.num_new_layers_steps
+        if step < 0:
+            return config.lr
+        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "step":
+            return config.lr * warmup * (1.0 if step < config.step_epochs * self.steps_per_epoch else 0.1)
+        progress = step / (config.epochs * self.steps_per_epoch)
+        return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class TrainingStep:
+    """Model, proxies and optimisers of one worker, and the iteration that moves them.
+
+    Attributes:
+        model: the bare embedding model.
+        proxies: this worker's part of the class-proxy matrix.
+        optimizer: of the model's trainable parameters; None where the phase trains the proxies alone.
+        schedule: phases and learning rates.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        num_classes: int,
+        steps_per_epoch: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.group = group if world_size > 1 else None
+        self.schedule = Schedule(config.optim, steps_per_epoch)
+        self.dtype = autocast_dtype(config.precision, device)
+        self.model = build_model(config.model, seed=config.seed).to(device, memory_format=torch.channels_last)
+        self.proxies = ProxyMatrix(
+            Partition(num_classes, rank, world_size),
+            config.model.dim,
+            seed=config.seed,
+            temperature=config.proxies.temperature,
+            sample_rate=config.proxies.sample_rate,
+            device=device,
+            group=self.group,
+        )
+        self.optimizer: torch.optim.SGD | None = None
+        self.begin_phase(0)
+
+    def begin_phase(self, step: int) -> None:
+        """Choose what is trained from `step` on, with fresh optimisers (paper, section 4.1)."""
+        optim = self.config.optim
+        everything = step >= self.schedule.num_new_layers_steps
+        self.model.backbone.requires_grad_(everything)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = None
+        self._forward: nn.Module = self.model
+        if trainable:
+            self.optimizer = torch.optim.SGD(
+                trainable, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+            )
+            if self.group is not None:
+                self._forward = DistributedDataParallel(
+                    self.model, process_group=self.group, gradient_as_bucket_view=True
+                )
+        self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay)
+
+    def run(self, images_bCHW: Tensor, labels_B: NDArray[np.int64], *, step: int) -> Tensor:
+        """Do one iteration.
+
+        Args:
+            images_bCHW: this worker's part of the batch, uint8, on its device.
+            labels_B: the classes of the global batch, in rank order.
+            step: of the run, counted from 0.
+
+        Returns:
+            The loss of the global batch, a detached scalar on the device.
+        """
+        if step == self.schedule.num_new_layers_steps and step > 0:
+            self.begin_phase(step)
+        self.model.train()
+        images_bCHW = normalise(images_bCHW).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
+            embeddings_bD = self._forward(images_bCHW)
+        loss = self.proxies.loss(embeddings_bD, labels_B, step=step)
+
+        lr = self.schedule.learning_rate(step)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+        self.proxies.step(lr=lr * self.config.proxies.lr_scale)
+        return loss.detach()
