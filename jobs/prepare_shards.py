@@ -1,6 +1,6 @@
 """Write a data set as Parquet shards of class bags, for training and evaluation to stream from.
 
-    python jobs/prepare_shards.py --layout sop --root Stanford_Online_Products --out s3://bucket/sop_shards
+python jobs/prepare_shards.py --layout sop --root Stanford_Online_Products --out s3://bucket/sop_shards
 """
 
 import sys

@@ -15,6 +15,7 @@ def connect(*, num_cpus: int) -> None:
     Args:
         num_cpus: logical CPUs that the work needs; a local Ray gets as many even on a machine with fewer cores, which
             then share them.
+
     """
     # Progress is printed by the jobs themselves, as plain lines.
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -26,7 +27,7 @@ def connect(*, num_cpus: int) -> None:
     ray.init(
         address="local",
         num_cpus=max(num_cpus, os.cpu_count() or 1),
-        include_dashboard=False,
+        include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="warning",
     )
@@ -39,6 +40,7 @@ def require(*, cpus: float, gpus: float, why: str) -> None:
 
     Raises:
         ValueError: CPUs or GPUs are lacking.
+
     """
     available = ray.cluster_resources()
     limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}

@@ -16,6 +16,7 @@ def parse_train_config(arguments: list[str], *, description: str) -> TrainConfig
     Raises:
         ValueError: a value is out of range.
         SystemExit: `--help`, or a flag that does not exist.
+
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=list(RECIPES), default="laptop")

@@ -91,7 +91,7 @@ class ProxyConfig:
     def __post_init__(self) -> None:
         _require(0 < self.sample_rate <= 1, f"--proxies.sample-rate {self.sample_rate} must be in (0, 1]; 1 is all")
         _require(
-            0.0137 <= self.temperature, f"--proxies.temperature {self.temperature} must be at least 0.0137 (float32)"
+            self.temperature >= 0.0137, f"--proxies.temperature {self.temperature} must be at least 0.0137 (float32)"
         )
         _require(self.lr_scale > 0, f"--proxies.lr-scale {self.lr_scale} must be positive")
 

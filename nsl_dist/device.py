@@ -10,6 +10,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
     Raises:
         ValueError: bfloat16 is asked of a GPU that cannot compute in it.
+
     """
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -11,6 +11,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from nsl_dist.config import ModelConfig
 
+MODEL_FILE = "model.pt"  # of a checkpoint
+
 
 class EmbeddingModel(nn.Module):
     """Images to unit vectors.
@@ -18,6 +20,7 @@ class EmbeddingModel(nn.Module):
     Attributes:
         backbone: images to pooled features.
         linear: features to `dim`, without bias; None where `dim` is the feature width.
+
     """
 
     def __init__(self, backbone: nn.Module, num_features: int, dim: int) -> None:
@@ -31,6 +34,7 @@ class EmbeddingModel(nn.Module):
 
         Returns:
             float32 `[B, dim]` of length 1, whatever the autocast.
+
         """
         features = self.backbone(images_BCHW)
         with torch.autocast(images_BCHW.device.type, enabled=False):
@@ -48,6 +52,7 @@ def build_model(config: ModelConfig, *, seed: int, pretrained: bool = True) -> E
 
     Raises:
         ValueError: unknown backbone, one whose last layer is not linear, or weights that cannot be had.
+
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if config.backbone not in names:
@@ -65,12 +70,12 @@ def build_model(config: ModelConfig, *, seed: int, pretrained: bool = True) -> E
 
 
 def _build_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
-    # GoogLeNet and Inception have auxiliary classifiers, of no use to an embedding, and pretrained ones rescale inputs.
-    with_auxiliary = config.backbone in ("googlenet", "inception_v3")
-    extra: dict[str, Any] = {"aux_logits": False, "transform_input": config.weights is not None} if with_auxiliary else {}
+    extra: dict[str, Any] = {}
+    if config.backbone in ("googlenet", "inception_v3"):
+        # Their auxiliary classifiers are of no use to an embedding; their pretrained weights rescale the inputs.
+        extra = {"aux_logits": False, "init_weights": False, "transform_input": config.weights is not None}
     if config.weights is None or not pretrained:
-        init: dict[str, Any] = {"init_weights": True} if with_auxiliary else {}
-        return torchvision.models.get_model(config.backbone, weights=None, **extra, **init)
+        return torchvision.models.get_model(config.backbone, weights=None, **extra)
     path = Path(config.weights).expanduser()
     if path.is_file():
         backbone: nn.Module = torchvision.models.get_model(config.backbone, weights=None, **extra)

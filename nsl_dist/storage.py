@@ -20,6 +20,7 @@ def resolve(location: str) -> tuple[Any, str]:
 
     Raises:
         ValueError: the URI's scheme is unknown, or its fsspec client is not installed.
+
     """
     location = absolute(location)
     if "://" not in location:
@@ -52,6 +53,7 @@ def read_bytes(location: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
+
     """
     filesystem, path = resolve(location)
     with filesystem.open_input_stream(path) as stream:
@@ -74,6 +76,7 @@ def check_writable(location: str) -> None:
 
     Raises:
         ValueError: the folder cannot be written.
+
     """
     probe = join(location, f".writable-{os.getpid()}")
     try:

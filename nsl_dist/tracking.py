@@ -24,37 +24,46 @@ def tracking_uri(config: TrainConfig) -> str:
 
 
 class TrackedRun:
-    """One MLflow run: parameters at its start, metrics by global step, files at its end."""
+    """One MLflow run: parameters at its start, metrics by global step, files at its end.
 
-    def __init__(self, config: TrainConfig, *, digest: str, run_id: str | None = None) -> None:
-        """Open a run.
+    Attributes:
+        run_id: MLflow's, once `start` was called.
+        uri: MLflow's, without credentials.
 
-        Args:
-            config: logged field by field.
-            digest: of the data, logged as a parameter.
-            run_id: of a run to go on with; None creates one.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Open the experiment; the first time, MLflow sets its database up for seconds.
 
         Raises:
-            ValueError: the tracking URI cannot be opened.
+            ValueError: the tracking URI cannot be used.
+
         """
+        self.run_id = ""
         uri = tracking_uri(config)
+        self.uri = _CREDENTIALS.sub("://***@", uri)
         try:
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name(config.tracking.experiment)
             if experiment is None:
                 artifacts = None if uri.startswith("http") else storage.join(config.storage, "mlartifacts")
-                experiment_id = self._client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+                self._experiment_id = self._client.create_experiment(
+                    config.tracking.experiment, artifact_location=artifacts and storage.absolute(artifacts)
+                )
             else:
-                experiment_id = experiment.experiment_id
-            if run_id is None:
-                run_id = self._client.create_run(experiment_id, run_name=config.run_name).info.run_id
-                params = {**_flatten(dataclasses.asdict(config)), "data.digest": digest}
-                self._client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()])
-            else:
-                self._client.update_run(run_id, status="RUNNING")
+                self._experiment_id = experiment.experiment_id
         except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise ValueError(f"--tracking.uri {_CREDENTIALS.sub('://***@', uri)} cannot be used: {error}") from error
-        self.run_id: str = run_id
+            raise ValueError(f"--tracking.uri {self.uri} cannot be used: {error}") from error
+
+    def start(self, config: TrainConfig, *, digest: str, run_id: str | None) -> None:
+        """Create a run with the configuration and the data's digest as parameters, or go on with `run_id`."""
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
+            self.run_id = run_id
+            return
+        self.run_id = self._client.create_run(self._experiment_id, run_name=config.run_name).info.run_id
+        params = {**_flatten(dataclasses.asdict(config)), "data.digest": digest}
+        self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         """Log metrics at a global step."""

@@ -38,9 +38,12 @@ def read_sop(root: str) -> pa.Table:
     Raises:
         FileNotFoundError: the folder, a split file or an image is missing.
         ValueError: a row is malformed, an image or a class is in both splits, or a split is empty.
+
     """
     if not storage.exists(root):
-        raise FileNotFoundError(f"no such folder: {root}; set --data.root to the unpacked Stanford_Online_Products folder")
+        raise FileNotFoundError(
+            f"no such folder: {root}; give the unpacked Stanford_Online_Products folder as --data.root, or --root"
+        )
     rows: list[tuple[str, int, int, str, str]] = []
     for split, name in SOP_SPLITS.items():
         rows += [(split, *row) for row in _read_sop_split(storage.join(root, name))]
@@ -55,8 +58,8 @@ def read_sop(root: str) -> pa.Table:
             "unpack the whole archive, or take the rows out of the split file"
         )
     rows.sort(key=lambda row: (row[0], row[1], row[2]))
-    split, class_id, image_id, path, _ = zip(*rows, strict=True)
-    columns = [split, [str(value) for value in class_id], image_id, path, [sizes[value] for value in path]]
+    splits, class_ids, image_ids, paths, _ = zip(*rows, strict=True)
+    columns = [splits, [str(value) for value in class_ids], image_ids, paths, [sizes[value] for value in paths]]
     return pa.table([pa.array(column) for column in columns], schema=RECORDS_SCHEMA)
 
 

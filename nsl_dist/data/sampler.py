@@ -23,6 +23,7 @@ class ClassBalancedPlan:
         batch_size: images in a global batch.
         images_per_class: images of each class in a batch, drawn with replacement.
         seed: with the step, all that a batch depends on.
+
     """
 
     class_sizes: NDArray[np.int64]

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Split:
         shard_names: the shards of the split.
         shards: for each class, its place in `shard_names`.
         row_groups: for each class, its row group within the shard.
+
     """
 
     root: str
@@ -104,6 +106,7 @@ class Manifest:
 
         Raises:
             ValueError: the data set has no such split.
+
         """
         if name not in self.splits:
             raise ValueError(f"{self.root} has no split {name!r}, only {', '.join(self.splits)}")
@@ -129,6 +132,7 @@ def load_manifest(root: str) -> Manifest:
 
     Raises:
         ValueError: the manifest is of another version or unreadable, or a shard is missing or of another size.
+
     """
     root = storage.absolute(root)
     location = storage.join(root, "manifest.json")
@@ -169,6 +173,7 @@ def open_or_prepare(root: str, *, cache: str, max_undecodable: float) -> Manifes
     Raises:
         FileNotFoundError: the folder does not exist.
         ValueError: it is neither shards nor a known layout, or its contents are refused (see `read_sop`, `prepare`).
+
     """
     root = storage.absolute(root)
     if is_prepared(root):
@@ -210,6 +215,7 @@ def prepare(records: pa.Table, *, root: str, out: str, max_undecodable: float, l
 
     Raises:
         ValueError: too many images are undecodable, or `out` holds another data set.
+
     """
     assert records.schema == RECORDS_SCHEMA, f"{records.schema} is not {RECORDS_SCHEMA}"
     root, out = storage.absolute(root), storage.absolute(out)
@@ -268,13 +274,13 @@ def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
         # A class goes to the shard in which its first byte falls.
         shard_of_class = (np.append(0, ends)[starts - first] * num_shards // max(int(ends[-1]), 1)).astype(int)
         cuts = [*starts[np.append(True, shard_of_class[1:] != shard_of_class[:-1])].tolist(), last]
-        ranges += [(f"{split}-{i:05d}.parquet", *cut) for i, cut in enumerate(zip(cuts, cuts[1:], strict=False))]
+        ranges += [(f"{split}-{i:05d}.parquet", *cut) for i, cut in enumerate(pairwise(cuts))]
     return ranges
 
 
 def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[str, Any]:
     """Write one shard, a class at a time; return what the manifest says of it."""
-    from nsl_dist.data.transforms import decode  # torchvision takes seconds to import, and the driver decodes nothing
+    from nsl_dist.data.transforms import decode  # torch takes seconds to import, and the driver decodes nothing
 
     source, source_path = storage.resolve(root)
     target, target_path = storage.resolve(storage.join(out, name))
@@ -296,7 +302,7 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
                     encoded = stream.read()
                 try:
                     decode(encoded)
-                except (RuntimeError, ValueError) as error:
+                except ValueError as error:
                     undecodable.append({"path": row["path"], "error": str(error).splitlines()[0]})
                     continue
                 images.append(encoded)
@@ -343,7 +349,8 @@ def _collect(rows: Iterator[dict[str, Any]], *, num_images: int, max_undecodable
         if now - last_shown > 2 or done == num_images:
             rate = done / (now - started)
             print(
-                f"shards: {done:,}/{num_images:,} images, {rate:,.0f} images/s, {(num_images - done) / rate:.0f} s left",
+                f"shards: {done:,}/{num_images:,} images, {rate:,.0f} images/s, "
+                f"{(num_images - done) / rate:.0f} s left",
                 flush=True,
             )
             last_shown = now

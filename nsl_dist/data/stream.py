@@ -1,11 +1,13 @@
 """The plan executed by Ray Data: class bags read, decoded and augmented wherever the cluster has CPUs."""
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from nsl_dist.config import DataConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
@@ -14,9 +16,27 @@ from nsl_dist.data.shards import Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-# torchvision takes seconds to import: only the tasks that decode do, not the coordinator of the split and the driver.
+# torch takes seconds to import: only the tasks that decode do, not the coordinator of the split.
 
 BLOCKS_AHEAD = 8  # batches that may wait in the object store, for each worker
+
+
+class _Rest(ExecutionCallback):  # type: ignore[misc]
+    """Let the core go after a step of Ray Data's scheduling loop in which nothing happened.
+
+    The loop does not wait while finished batches wait for the trainers, which is the usual case: it would spend a core
+    on that, half of a small machine.
+    """
+
+    def __init__(self) -> None:
+        self._progress = -1
+
+    def on_execution_step(self, executor: Any) -> None:
+        metrics = [operator.metrics for operator in executor._topology]
+        progress = sum(each.num_tasks_submitted + each.num_task_outputs_generated for each in metrics)
+        if progress == self._progress:
+            time.sleep(0.02)
+        self._progress = progress
 
 
 def planned_batches(
@@ -29,6 +49,7 @@ def planned_batches(
 
     Returns:
         For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
+
     """
     shared = ray.put((plan, split))
     part_size = plan.batch_size // world_size
@@ -56,6 +77,7 @@ def planned_batches(
     )
     context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=BLOCKS_AHEAD * world_size * block_bytes
@@ -68,6 +90,7 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
 
     Returns:
         uint8 `[len(part.labels), 3, resized_edge, resized_edge]`.
+
     """
     import torch
 

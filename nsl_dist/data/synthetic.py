@@ -255,7 +255,9 @@ def _viewed(item: Image.Image, rng: np.random.Generator) -> Image.Image:
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     target = corners @ rotation.T + centre
     source = np.array([[0, 0], [CANVAS, 0], [CANVAS, CANVAS], [0, CANVAS]], dtype=float)
-    return item.transform((EDGE, EDGE), Image.Transform.PERSPECTIVE, _homography(target, source), Image.Resampling.BILINEAR)
+    return item.transform(
+        (EDGE, EDGE), Image.Transform.PERSPECTIVE, _homography(target, source), Image.Resampling.BILINEAR
+    )
 
 
 def _homography(target: NDArray[np.float64], source: NDArray[np.float64]) -> list[float]:
@@ -271,7 +273,9 @@ def _background(rng: np.random.Generator) -> Image.Image:
     """Make a graded, cluttered background."""
     colours = [_colour(rng.random(), rng.uniform(0, 0.6), rng.uniform(0.2, 1.0)) for _ in range(2)]
     ramp = _ramp(rng)
-    scene = Image.composite(Image.new("RGB", (EDGE, EDGE), colours[0]), Image.new("RGB", (EDGE, EDGE), colours[1]), ramp)
+    scene = Image.composite(
+        Image.new("RGB", (EDGE, EDGE), colours[0]), Image.new("RGB", (EDGE, EDGE), colours[1]), ramp
+    )
     draw = ImageDraw.Draw(scene)
     for _ in range(int(rng.integers(1, 6))):
         _blob(draw, rng, largest=0.55)
@@ -296,7 +300,10 @@ def _blob(draw: ImageDraw.ImageDraw, rng: np.random.Generator, *, largest: float
 def _lit(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Change exposure, colour of the light, contrast and add a shadow to one side."""
     cast = np.clip(rng.normal(1.0, 0.12, 3) * rng.uniform(0.55, 1.25), 0, 1.5)
-    bands = [band.point([min(255, round(value * gain)) for value in range(256)]) for band, gain in zip(scene.split(), cast, strict=True)]
+    bands = [
+        band.point([min(255, round(value * gain)) for value in range(256)])
+        for band, gain in zip(scene.split(), cast, strict=True)
+    ]
     scene = Image.merge("RGB", bands)
     depth = rng.uniform(0, 0.5)
     shadow = _ramp(rng).point([round(255 - depth * value) for value in range(256)])

@@ -19,6 +19,7 @@ def initial_rows(partition: Partition, dim: int, *, seed: int) -> Tensor:
 
     Returns:
         float32 `[partition.num_rows, dim]`.
+
     """
     rows_CD = torch.empty(partition.num_rows, dim)
     bound = dim**-0.5
@@ -75,6 +76,7 @@ class ProxyMatrix:
 
         Raises:
             ValueError: a label is outside [0, num_classes).
+
         """
         assert self.optimizer is not None, "start_optimizer comes first"
         partition = self.partition

@@ -21,6 +21,7 @@ class DeferredSGD:
         velocity_CD: the momentum buffer.
         step_of_C: for each row, the step up to which `weight_CD` and `velocity_CD` hold it.
         num_steps: steps taken.
+
     """
 
     # Products of the maps from each of the last HISTORY steps to now are kept: 32 bytes each, brought forward by one

@@ -22,6 +22,7 @@ def sample_rows(
 
     Returns:
         The rows, ascending and distinct: max(budget, number of distinct positives) of them.
+
     """
     if sample_rate == 1.0:
         return np.arange(num_rows)

@@ -113,6 +113,7 @@ def normalized_softmax_loss(
 
     Raises:
         ValueError: the shapes contradict each other or the temperature is below float32's reach.
+
     """
     world_size = 1 if group is None else dist.get_world_size(group)
     if len(columns_B) != world_size * len(embeddings_bD):

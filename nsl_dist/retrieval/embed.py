@@ -1,7 +1,8 @@
 """Model and shards -> embeddings in Parquet: Ray Data reads and decodes, a pool of actors embeds."""
 
+import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,27 +14,24 @@ from nsl_dist import storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Split
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def embed_split(model_state: dict[str, "Tensor"], config: TrainConfig, split: Split, *, out: str) -> int:
+def embed_split(weights: str | None, config: TrainConfig, split: Split, *, out: str) -> int:
     """Embed every image of a split once.
 
     The actors take a GPU each where one is free, else CPUs: as many as the cluster spares, at least one.
 
     Args:
-        model_state: state of `build_model(config.model)`.
+        weights: file or URI of the model's state; None embeds with the weights that training starts from.
         config: its model, image size, precision and batch size.
         split: what to embed; an image's id is its place in the split, in order of label.
         out: folder or URI; receives Parquet files with `id`, `label` and `embedding` (float32 list of length 1).
 
     Returns:
         The number of embeddings written.
+
     """
     offsets = np.concatenate([[0], np.cumsum(split.sizes)[:-1]])
     shared = ray.put((split, offsets))
-    model_ref = ray.put(model_state)
 
     def read(task: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         from nsl_dist.data.transforms import decode, eval_transform
@@ -58,7 +56,7 @@ def embed_split(model_state: dict[str, "Tensor"], config: TrainConfig, split: Sp
         .map_batches(read, batch_size=None, num_cpus=1)
         .map_batches(
             _Embedder,
-            fn_constructor_args=(model_ref, config, most_actors),
+            fn_constructor_args=(weights, config, most_actors),
             batch_size=config.eval.batch_size,
             num_cpus=0 if free_gpus else 1,
             num_gpus=1 if free_gpus else 0,
@@ -73,7 +71,7 @@ def embed_split(model_state: dict[str, "Tensor"], config: TrainConfig, split: Sp
 class _Embedder:
     """An actor that holds the model."""
 
-    def __init__(self, model_ref: "ray.ObjectRef[dict[str, Tensor]]", config: TrainConfig, num_actors: int) -> None:
+    def __init__(self, weights: str | None, config: TrainConfig, num_actors: int) -> None:
         import torch
 
         from nsl_dist.device import autocast_dtype, use_cpu_threads
@@ -83,9 +81,12 @@ class _Embedder:
         if self.device.type == "cpu":
             use_cpu_threads(num_actors)
         self.dtype = autocast_dtype(config.precision, self.device)
-        self.model = build_model(config.model, seed=config.seed, pretrained=False)
-        self.model.load_state_dict(ray.get(model_ref))
-        self.model.eval().to(self.device, memory_format=torch.channels_last)
+        self.model = build_model(config.model, seed=config.seed, pretrained=weights is None)
+        if weights is not None:
+            content = io.BytesIO(storage.read_bytes(weights))
+            self.model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
+        self.model.eval().to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         import torch

@@ -1,36 +1,36 @@
 """The evaluation of a model on a split: embed, search, measure."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
+from ray.util.queue import Queue
 
+from nsl_dist import storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest
 from nsl_dist.retrieval.embed import embed_split
 from nsl_dist.retrieval.metrics import first_match, recall_at_k
 from nsl_dist.retrieval.search import self_retrieval
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def evaluate(model_state: dict[str, "Tensor"], config: TrainConfig, manifest: Manifest, *, out: str) -> dict[str, Any]:
+def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, out: str) -> dict[str, Any]:
     """Evaluate on the test split, every image querying the rest, with float and with binary embeddings.
 
     Args:
-        model_state: state of `build_model(config.model)`.
+        weights: file or URI of the model's state; None evaluates the weights that training starts from.
         config: of the run.
         manifest: of the shards.
         out: folder or URI for the embeddings.
 
     Returns:
         `recall` by kind and K (shares), counts, `seconds` by phase and `images_per_second` of embedding.
+
     """
     split = manifest.split("test")
     started = time.monotonic()
-    num_images = embed_split(model_state, config, split, out=out)
+    num_images = embed_split(weights, config, split, out=out)
     if num_images != split.num_images:
         raise RuntimeError(f"{out} holds {num_images} embeddings, the test split {split.num_images} images")
     seconds = {"embed": time.monotonic() - started}
@@ -55,3 +55,37 @@ def evaluate(model_state: dict[str, "Tensor"], config: TrainConfig, manifest: Ma
         "seconds": seconds,
         "images_per_second": num_images / seconds["embed"],
     }
+
+
+def evaluate_checkpoint(
+    checkpoint: Any,
+    *,
+    step: int,
+    config: TrainConfig,
+    manifest: Manifest,
+    run_dir: str,
+    progress: Queue,
+) -> dict[str, float]:
+    """Evaluate a checkpoint beside the training: a validation function of Ray Train.
+
+    Args:
+        checkpoint: a `ray.train.Checkpoint`.
+        step: iterations before it.
+        config: of the run.
+        manifest: of the shards.
+        run_dir: that the checkpoint and the embeddings lie in.
+        progress: takes the full result to the driver.
+
+    Returns:
+        Metrics for Ray Train to keep with the checkpoint.
+
+    """
+    weights = storage.join(run_dir, checkpoint.path.rpartition("/")[2], "model.pt")
+    results = evaluate(weights, config, manifest, out=storage.join(run_dir, "embeddings", f"step-{step}"))
+    progress.put({"step": step, "evaluation": results})
+    return recall_metrics(results)
+
+
+def recall_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Return `evaluate`'s recall by name of metric."""
+    return {f"recall_at_{k}_{kind}": share for kind, by_k in results["recall"].items() for k, share in by_k.items()}

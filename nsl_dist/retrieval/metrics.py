@@ -18,6 +18,7 @@ def first_match(
         neighbour_ids_QK: places in the gallery, the query itself left out; -1 where there are fewer than K.
         query_labels_Q: classes of the queries.
         gallery_labels: classes of the gallery, by id.
+
     """
     matches_QK = (gallery_labels[neighbour_ids_QK] == query_labels_Q[:, None]) & (neighbour_ids_QK >= 0)
     return np.where(matches_QK.any(axis=1), matches_QK.argmax(axis=1), neighbour_ids_QK.shape[1])

@@ -6,6 +6,8 @@ Letters of array names: Q queries of a block, G vectors of a gallery shard, D di
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -59,14 +61,13 @@ class GalleryShard:
         self._binary_index = faiss.IndexBinaryFlat(codes.shape[1] * 8)
         self._binary_index.add(codes)
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, kind: str
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, kind: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return `(distances, ids)` of the `k` nearest, or of all where there are fewer; smaller is nearer.
 
         The distance is minus the cosine for `float` and the Hamming distance for `binary`.
         """
         k = min(k, len(self._ids))
+        distances: NDArray[Any]
         if kind == "binary":
             distances, places = self._binary_index.search(pack_codes(queries), k)
         else:
@@ -84,6 +85,7 @@ def merge(
 
     Returns:
         ids `[Q, k]`, nearest first, -1 where there are fewer.
+
     """
     distances_QK = np.concatenate([distances for distances, _ in parts], axis=1)
     ids_QK = np.concatenate([ids for _, ids in parts], axis=1)
@@ -108,10 +110,11 @@ def self_retrieval(
 
     Yields:
         A block of queries and the ids `[Q, k]` of their neighbours (see `merge`).
+
     """
     cuts = np.linspace(0, num_images, min(num_shards, num_images) + 1).astype(int).tolist()
     actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(GalleryShard)
-    shards = [actor.remote(location, (start, stop)) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    shards = [actor.remote(location, (start, stop)) for start, stop in pairwise(cuts)]
     for start in range(0, num_images, QUERIES_AT_ONCE):
         queries = read_embeddings(location, ids=(start, start + QUERIES_AT_ONCE))
         block = ray.put(queries.vectors)

@@ -1,7 +1,8 @@
 """One checkpoint format for any number of workers.
 
-A checkpoint is a folder written by `torch.distributed.checkpoint`, the proxies and their momentum in it as one matrix
-of which every worker writes and reads its own rows, and `run.json`: step, number of classes, data digest and config.
+A checkpoint is a folder: `model.pt`, the embedding model alone; what `torch.distributed.checkpoint` writes of the
+optimiser and of the proxies with their momentum, one matrix of which every worker writes and reads its own rows; and
+`run.json`: step, number of classes, data digest and configuration.
 """
 
 import dataclasses
@@ -11,14 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nsl_dist.config import ModelConfig
-from nsl_dist.model import build_model
+from nsl_dist.model import MODEL_FILE
 from nsl_dist.training.step import TrainingStep
 
 
@@ -26,8 +27,9 @@ def save(directory: Path, training: TrainingStep, *, step: int, digest: str) -> 
     """Write the state before iteration `step`; every worker calls this with a folder of its own, merged later."""
     assert training.proxies.optimizer is not None
     training.proxies.optimizer.catch_up_all()
-    dcp.save(_state(training), checkpoint_id=directory, no_dist=training.group is None)
+    save_sharded(_state(training), checkpoint_id=directory, no_dist=training.group is None)
     if training.proxies.partition.rank == 0:
+        torch.save(training.model.state_dict(), directory / MODEL_FILE)
         run = {
             "step": step,
             "num_classes": training.proxies.partition.num_classes,
@@ -42,21 +44,22 @@ def load(directory: Path, training: TrainingStep, *, digest: str) -> int:
 
     Raises:
         ValueError: it belongs to other data or another number of classes.
+
     """
     run = json.loads((directory / "run.json").read_text())
     num_classes = training.proxies.partition.num_classes
     if (run["digest"], run["num_classes"]) != (digest, num_classes):
         raise ValueError(
-            f"checkpoint {directory} is of data {run['digest'][:16]} with {run['num_classes']} classes, this run trains "
-            f"on {digest[:16]} with {num_classes}; choose another --run-name"
+            f"checkpoint {directory} is of data {run['digest'][:16]} with {run['num_classes']} classes, this run "
+            f"trains on {digest[:16]} with {num_classes}; choose another --run-name"
         )
     step = int(run["step"])
     training.begin_phase(step)
     optimizer = training.proxies.optimizer
     assert optimizer is not None
     state = _state(training)
-    dcp.load(state, checkpoint_id=directory, no_dist=training.group is None)
-    training.model.load_state_dict(state["model"])
+    load_sharded(state, checkpoint_id=directory, no_dist=training.group is None)
+    training.model.load_state_dict(torch.load(directory / MODEL_FILE, map_location="cpu", weights_only=True))
     if training.optimizer is not None:
         set_optimizer_state_dict(training.model, training.optimizer, state["optimizer"])
     for name, target in (("weight", training.proxies.weight_CD), ("velocity", optimizer.velocity_CD)):
@@ -65,17 +68,9 @@ def load(directory: Path, training: TrainingStep, *, digest: str) -> int:
     return step
 
 
-def load_model_state(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Read the embedding model alone, in one process and on the CPU."""
-    state = {"model": build_model(config, seed=0, pretrained=False).state_dict()}
-    dcp.load(state, checkpoint_id=directory, no_dist=True)
-    return state["model"]
-
-
 def _state(training: TrainingStep) -> dict[str, Any]:
     assert training.proxies.optimizer is not None
     state: dict[str, Any] = {
-        "model": training.model.state_dict(),
         "proxies": {
             "weight": _as_one_matrix(training.proxies.weight_CD, training),
             "velocity": _as_one_matrix(training.proxies.optimizer.velocity_CD, training),

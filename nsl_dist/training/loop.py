@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,15 @@ from nsl_dist.training import checkpoint
 from nsl_dist.training.step import TrainingStep
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What every worker is given.
+def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> None:
+    """Train from the last checkpoint, or from the start, to the end of the schedule.
 
-    Attributes:
+    Args:
         config: of the run, `num_workers` set.
         manifest: of the shards.
         progress: where rank 0 puts its records, for the driver to show and track.
+
     """
-
-    config: TrainConfig
-    manifest: Manifest
-    progress: Queue
-
-
-def train_worker(setup: Setup) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the schedule."""
-    config, manifest = setup.config, setup.manifest
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -69,9 +59,7 @@ def train_worker(setup: Setup) -> None:
     shards: list[Any] = [None] * world_size
     if rank == 0:
         shards = list(
-            planned_batches(
-                plan, split, config.data, first_step=first_step, last_step=num_steps, world_size=world_size
-            )
+            planned_batches(plan, split, config.data, first_step=first_step, last_step=num_steps, world_size=world_size)
         )
     dist.broadcast_object_list(shards, src=0)
     part_size = plan.batch_size // world_size
@@ -81,7 +69,9 @@ def train_worker(setup: Setup) -> None:
     for step in range(first_step, num_steps):
         with meter.waiting():
             batch = next(batches)
-        assert len(batch["image"]) == part_size, f"step {step}, rank {rank}: {len(batch['image'])} != {part_size} images"
+        assert len(batch["image"]) == part_size, (
+            f"step {step}, rank {rank}: {len(batch['image'])} != {part_size} images"
+        )
         turn = (int(batch["step"][0]), int(batch["rank"][0]))
         assert turn == (step, rank), f"rank {rank} expected its part of step {step}, got (step, rank) = {turn}"
 
@@ -93,18 +83,18 @@ def train_worker(setup: Setup) -> None:
                 raise RuntimeError(f"the loss is {value} at step {step}; lower --optim.lr, or look at the data")
             if rank == 0:
                 lr = training.schedule.learning_rate(step)
-                setup.progress.put({"step": step + 1, "loss": value, "learning_rate": lr, **meter.read(step)})
-        _checkpoint_when_due(setup, training, step=step + 1, steps_per_epoch=plan.steps_per_epoch)
+                progress.put({"step": step + 1, "loss": value, "learning_rate": lr, **meter.read(step)})
+        _checkpoint_when_due(training, manifest, step=step + 1)
 
 
-def _checkpoint_when_due(setup: Setup, training: TrainingStep, *, step: int, steps_per_epoch: int) -> None:
+def _checkpoint_when_due(training: TrainingStep, manifest: Manifest, *, step: int) -> None:
     """Write a checkpoint after `step` iterations, and have it evaluated beside the training, if it is time for that."""
-    config, num_steps = setup.config, training.schedule.num_steps
+    config, num_steps, steps_per_epoch = training.config, training.schedule.num_steps, training.schedule.steps_per_epoch
     evaluate = config.eval.every > 0 and step % (config.eval.every * steps_per_epoch) == 0 and step < num_steps
     if not (evaluate or step % (config.checkpoint.every or steps_per_epoch) == 0 or step == num_steps):
         return
     directory = Path(tempfile.mkdtemp(prefix="nsl_dist_checkpoint_"))
-    checkpoint.save(directory, training, step=step, digest=setup.manifest.digest)
+    checkpoint.save(directory, training, step=step, digest=manifest.digest)
     ray.train.report(
         {"step": step},
         checkpoint=ray.train.Checkpoint.from_directory(directory),

@@ -7,8 +7,9 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -20,13 +21,12 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, open_or_prepare
 from nsl_dist.data.synthetic import write_products
-from nsl_dist.model import build_model
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import evaluate
-from nsl_dist.tracking import TrackedRun, tracking_uri
-from nsl_dist.training import checkpoint
-from nsl_dist.training.loop import Setup, train_worker
-from nsl_dist.training.step import Schedule
+from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, recall_metrics
+from nsl_dist.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from nsl_dist.tracking import TrackedRun
 
 # CPUs beside the training workers: one to decode, and for evaluation in mid-run one to embed and one to decode for it.
 DATA_CPUS = 1
@@ -40,23 +40,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FileNotFoundError: the data is not there.
         ValueError: configuration, data, storage or cluster cannot give this run; nothing was trained.
         ray.train.TrainingFailedError: training failed more often than `config.max_failures`.
+
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
     storage.check_writable(config.storage)
-    initial_state = build_model(config.model, seed=config.seed).state_dict()
-    cluster.connect(num_cpus=(config.num_workers or 1) * config.cpus_per_worker + DATA_CPUS + MID_RUN_EVAL_CPUS)
+    opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
+    cluster.connect(num_cpus=_cpus_beside(config) + (config.num_workers or 1) * config.cpus_per_worker)
+    check = ray.remote(_check_model).remote(config)
     config = _settle(config)
     run_dir = storage.join(config.storage, "runs", str(config.run_name))
     if storage.exists(storage.join(run_dir, "results.json")):
         raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
 
     manifest = _open_data(config)
+    ray.get(check)
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     schedule = Schedule(config.optim, plan.steps_per_epoch)
-    tracked = _track(config, manifest, run_dir)
-    _announce(config, manifest, schedule, run_dir)
+    tracked = opening.result()
+    _start_tracking(tracked, config, manifest, run_dir)
+    _announce(config, manifest, schedule, run_dir, tracked.uri)
     seconds["setup"] = time.monotonic() - started
 
     status = "FAILED"
@@ -64,17 +68,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
-            results["untrained"] = evaluate(initial_state, config, manifest, out=storage.join(run_dir, "embeddings"))
-            tracked.log(_recall_metrics(results["untrained"]), step=0)
+            results["untrained"] = evaluate(None, config, manifest, out=storage.join(run_dir, "embeddings"))
+            tracked.log(recall_metrics(results["untrained"]), step=0)
             print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
 
         started = time.monotonic()
-        state = _fit(config, manifest, tracked, run_dir, schedule)
+        weights = _fit(config, manifest, tracked, run_dir, schedule)
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        results |= evaluate(state, config, manifest, out=storage.join(run_dir, "embeddings"))
-        tracked.log(_recall_metrics(results), step=schedule.num_steps)
+        results |= evaluate(weights, config, manifest, out=storage.join(run_dir, "embeddings"))
+        tracked.log(recall_metrics(results), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
         results["evaluation_seconds"] = results.pop("seconds")
@@ -97,7 +101,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     finally:
         if status == "FAILED":
             tracked.finish(status=status, files=files)
-    _show_results(results, config, run_dir)
+    _show_results(results, config, run_dir, tracked.uri)
     return results
 
 
@@ -111,12 +115,11 @@ def _settle(config: TrainConfig) -> TrainConfig:
     run_name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = dataclasses.replace(config, device=device, num_workers=num_workers, run_name=run_name)
 
-    eval_cpus = MID_RUN_EVAL_CPUS if config.eval.every else 0
     cluster.require(
-        cpus=num_workers * config.cpus_per_worker + DATA_CPUS + eval_cpus,
+        cpus=num_workers * config.cpus_per_worker + _cpus_beside(config),
         gpus=num_workers if device == "cuda" else 0,
         why=f"{num_workers} training workers with {config.cpus_per_worker} CPUs each, {DATA_CPUS} to read and decode"
-        + (f", {eval_cpus} to evaluate in mid-run" if eval_cpus else ""),
+        + (f", {MID_RUN_EVAL_CPUS} to evaluate in mid-run" if config.eval.every else ""),
     )
     return config
 
@@ -134,16 +137,33 @@ def _open_data(config: TrainConfig) -> Manifest:
     return open_or_prepare(root, cache=cache, max_undecodable=config.data.max_undecodable)
 
 
-def _track(config: TrainConfig, manifest: Manifest, run_dir: str) -> TrackedRun:
-    """Open the MLflow run, the same one if this run was interrupted before."""
+def _cpus_beside(config: TrainConfig) -> int:
+    """Return the CPUs that a run needs beside those of its training workers."""
+    return DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Build the model once, before anything is trained; in a task, since torchvision takes long to import."""
+    from nsl_dist.model import build_model
+
+    build_model(config.model, seed=config.seed)
+
+
+def _open_tracking(config: TrainConfig) -> "TrackedRun":
+    from nsl_dist.tracking import TrackedRun  # MLflow takes seconds to import
+
+    return TrackedRun(config)
+
+
+def _start_tracking(tracked: "TrackedRun", config: TrainConfig, manifest: Manifest, run_dir: str) -> None:
+    """Start the MLflow run, or go on with that of this run if it was interrupted before."""
     location = storage.join(run_dir, "mlflow_run_id")
     run_id = storage.read_bytes(location).decode() if storage.exists(location) else None
-    tracked = TrackedRun(config, digest=manifest.digest, run_id=run_id)
+    tracked.start(config, digest=manifest.digest, run_id=run_id)
     storage.write_bytes(location, tracked.run_id.encode())
-    return tracked
 
 
-def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str) -> None:
+def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str, tracking_uri: str) -> None:
     """Say what the run will do before it does it."""
     assert config.num_workers is not None
     train, test = manifest.splits["train"], manifest.splits["test"]
@@ -159,8 +179,8 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "test": f"{test['num_images']:,} images of {test['num_classes']:,} unseen classes"
         + (f", {test['num_singletons']:,} with one image, sure misses" if test["num_singletons"] else ""),
         "left out": f"{len(manifest.undecodable):,} undecodable images" if manifest.undecodable else "",
-        "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} dimensions, "
-        f"{config.data.image_size} x {config.data.image_size} pixels",
+        "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} "
+        f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
         "proxies": f"{train['num_classes']:,} x {config.model.dim}, {rows:,} on each worker, "
         f"{config.proxies.sample_rate:.0%} of them sampled in each iteration",
         "batches": f"{config.data.classes_per_batch} classes x {config.data.images_per_class} images = "
@@ -170,23 +190,20 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "workers": f"{config.num_workers} on {config.device}; the cluster has {resources.get('CPU', 0):g} CPUs and "
         f"{resources.get('GPU', 0):g} GPUs",
         "written to": run_dir,
-        "MLflow": tracking_uri(config).rpartition("@")[2],
+        "MLflow": tracking_uri,
     }
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
 
 
-def _fit(
-    config: TrainConfig, manifest: Manifest, tracked: TrackedRun, run_dir: str, schedule: Schedule
-) -> dict[str, Any]:
-    """Train on Ray Train; return the trained model's state."""
+def _fit(config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir: str, schedule: Schedule) -> str:
+    """Train on Ray Train; return where the trained model's state is."""
     assert config.num_workers is not None
     progress = Queue(actor_options={"num_cpus": 0})
-    setup = Setup(config, manifest, progress)
     filesystem, path = storage.resolve(storage.join(config.storage, "runs"))
     resources = {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=setup,
+        _train_worker,
+        train_loop_config={"config": config, "manifest": manifest, "progress": progress},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.device == "cuda", resources_per_worker=resources
         ),
@@ -198,7 +215,10 @@ def _fit(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
         ),
         validation_config=ray.train.ValidationConfig(
-            functools.partial(_evaluate_checkpoint, setup=setup, run_dir=run_dir), ray_remote_kwargs={"num_cpus": 0}
+            functools.partial(
+                evaluate_checkpoint, config=config, manifest=manifest, run_dir=run_dir, progress=progress
+            ),
+            ray_remote_kwargs={"num_cpus": 0},
         ),
     )
     relay = threading.Thread(target=_relay, args=(progress, tracked, schedule), daemon=True)
@@ -208,29 +228,24 @@ def _fit(
     finally:
         progress.put(None)
         relay.join()
-    with result.checkpoint.as_directory() as directory:
-        return checkpoint.load_model_state(Path(directory), config.model)
+    return storage.join(run_dir, result.checkpoint.path.rpartition("/")[2], "model.pt")
 
 
-def _evaluate_checkpoint(
-    saved: ray.train.Checkpoint, *, step: int, setup: Setup, run_dir: str
-) -> dict[str, Any]:
-    """Evaluate one checkpoint beside the training, in a task of its own."""
-    with saved.as_directory() as directory:
-        state = checkpoint.load_model_state(Path(directory), setup.config.model)
-    out = storage.join(run_dir, "embeddings", f"step-{step}")
-    results = evaluate(state, setup.config, setup.manifest, out=out)
-    setup.progress.put({"step": step, "evaluation": results})
-    return _recall_metrics(results)
+def _train_worker(setup: dict[str, Any]) -> None:
+    from nsl_dist.training.loop import (
+        train_worker,  # here, so that driver and controller need not load the model's code
+    )
+
+    train_worker(**setup)
 
 
-def _relay(progress: Queue, tracked: TrackedRun, schedule: Schedule) -> None:
+def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule) -> None:
     """Show and track what workers and mid-run evaluations report, until a None."""
     while (record := progress.get()) is not None:
         step = record.pop("step")
         if "evaluation" in record:
             print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
-            tracked.log(_recall_metrics(record["evaluation"]), step=step)
+            tracked.log(recall_metrics(record["evaluation"]), step=step)
             continue
         left = record.pop("seconds_left")
         epoch = (step - 1) // schedule.steps_per_epoch + 1
@@ -241,12 +256,6 @@ def _relay(progress: Queue, tracked: TrackedRun, schedule: Schedule) -> None:
             flush=True,
         )
         tracked.log(record, step=step)
-
-
-def _recall_metrics(results: dict[str, Any]) -> dict[str, float]:
-    return {
-        f"recall_at_{k}_{kind}": share for kind, by_k in results["recall"].items() for k, share in by_k.items()
-    }
 
 
 def _recall_line(results: dict[str, Any]) -> str:
@@ -262,7 +271,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _show_results(results: dict[str, Any], config: TrainConfig, run_dir: str) -> None:
+def _show_results(results: dict[str, Any], config: TrainConfig, run_dir: str, tracking_uri: str) -> None:
     rows = [("trained", results), ("untrained", results["untrained"])] if "untrained" in results else [("", results)]
     print(f"\n{results['num_queries']:,} test images of {results['num_classes']:,} unseen classes, recall in %")
     print(f"{'':20}" + "".join(f"{'@' + str(k):>8}" for k in config.eval.recall_at))
@@ -272,4 +281,4 @@ def _show_results(results: dict[str, Any], config: TrainConfig, run_dir: str) ->
     seconds = ", ".join(f"{phase} {_duration(value)}" for phase, value in results["seconds"].items())
     print(f"{seconds}; {results['train_images_per_second']:.0f} training images/s")
     print(f"results: {run_dir}/results.json")
-    print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri(config)}", flush=True)
+    print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}", flush=True)

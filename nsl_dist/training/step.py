@@ -1,8 +1,6 @@
-"""One training iteration, and the phases that iterations fall into. Knows nothing of Ray."""
+"""One training iteration. Knows nothing of Ray."""
 
-import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,41 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nsl_dist.config import OptimConfig, TrainConfig
+from nsl_dist.config import TrainConfig
 from nsl_dist.data.transforms import normalise
 from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The iterations of a run: `num_new_layers_steps` that train the new layers only, then those that train all."""
-
-    config: OptimConfig
-    steps_per_epoch: int
-
-    @property
-    def num_new_layers_steps(self) -> int:
-        """Iterations of the first phase."""
-        return self.config.new_layers_epochs * self.steps_per_epoch
-
-    @property
-    def num_steps(self) -> int:
-        """Iterations of the run."""
-        return self.num_new_layers_steps + self.config.epochs * self.steps_per_epoch
-
-    def learning_rate(self, step: int) -> float:
-        """Return the backbone's learning rate at a step; constant in the first phase (paper, section 4.1)."""
-        config, step = self.config, step - self.num_new_layers_steps
-        if step < 0:
-            return config.lr
-        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        if config.schedule == "step":
-            return config.lr * warmup * (1.0 if step < config.step_epochs * self.steps_per_epoch else 0.1)
-        progress = step / (config.epochs * self.steps_per_epoch)
-        return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+from nsl_dist.training.schedule import Schedule
 
 
 class TrainingStep:
@@ -56,6 +26,7 @@ class TrainingStep:
         proxies: this worker's part of the class-proxy matrix.
         optimizer: of the model's trainable parameters; None where the phase trains the proxies alone.
         schedule: phases and learning rates.
+
     """
 
     def __init__(
@@ -74,7 +45,8 @@ class TrainingStep:
         self.group = group if world_size > 1 else None
         self.schedule = Schedule(config.optim, steps_per_epoch)
         self.dtype = autocast_dtype(config.precision, device)
-        self.model = build_model(config.model, seed=config.seed).to(device, memory_format=torch.channels_last)
+        self.model = build_model(config.model, seed=config.seed).to(device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.proxies = ProxyMatrix(
             Partition(num_classes, rank, world_size),
             config.model.dim,
@@ -115,6 +87,7 @@ class TrainingStep:
 
         Returns:
             The loss of the global batch, a detached scalar on the device.
+
         """
         if step == self.schedule.num_new_layers_steps and step > 0:
             self.begin_phase(step)
