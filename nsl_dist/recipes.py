@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nsl_dist.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
+from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
 
 
 def sop_resnet50() -> TrainConfig:
@@ -32,7 +32,6 @@ def laptop() -> TrainConfig:
         model=ModelConfig(backbone="resnet18", dim=128),
         proxies=ProxyConfig(sample_rate=0.5),
         optim=OptimConfig(),
-        eval=EvalConfig(untrained=True),
     )
 
 

@@ -33,10 +33,10 @@ Colour = tuple[int, int, int]
 class Spec:
     """How many products and photographs to render; its values name the folder that they are cached in."""
 
-    train_classes: int = 182
-    test_classes: int = 100
-    fewest_images: int = 10
-    most_images: int = 20
+    train_classes: int = 100
+    test_classes: int = 80
+    fewest_images: int = 8
+    most_images: int = 16
     seed: int = 0
     version: int = 1  # of the renderer
 

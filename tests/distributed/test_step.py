@@ -1,0 +1,141 @@
+"""A whole run of several workers against one, and checkpoints between different numbers of workers."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
+from nsl_dist.data.sampler import ClassBalancedPlan
+from nsl_dist.proxies.partition import Partition
+from nsl_dist.training import checkpoint
+from nsl_dist.training.step import TrainingStep
+from tests.distributed.workers import run
+
+CONFIG = TrainConfig(
+    precision="float32",
+    data=DataConfig(batch_size=8, images_per_class=2, image_size=32),
+    model=ModelConfig(backbone="resnet18", dim=16, batch_norm="frozen"),  # free of batch statistics
+    proxies=ProxyConfig(sample_rate=1.0),
+    optim=OptimConfig(epochs=4, new_layers_epochs=1, lr=0.01, warmup_steps=3),
+)
+PLAN = ClassBalancedPlan(np.full(11, 3), batch_size=8, images_per_class=2, seed=0)  # 4 steps an epoch, 11 classes
+NUM_STEPS = 10
+
+
+def images_of(step: int) -> torch.Tensor:
+    batch = PLAN.batch(step)
+    rng = np.random.default_rng((9, step))
+    pixels = batch.labels[:, None, None, None] * 20 + rng.integers(0, 30, (8, 3, 32, 32))
+    return torch.from_numpy(pixels.astype(np.uint8))
+
+
+def train(rank: int, world_size: int, *, first_step: int, last_step: int, load: Path | None) -> TrainingStep:
+    training = TrainingStep(
+        CONFIG,
+        num_classes=PLAN.num_classes,
+        steps_per_epoch=PLAN.steps_per_epoch,
+        device=torch.device("cpu"),
+        rank=rank,
+        world_size=world_size,
+        group=dist.group.WORLD if world_size > 1 else None,
+    )
+    if load is not None:
+        assert checkpoint.load(load, training, digest="d") == first_step
+    size = 8 // world_size
+    for step in range(first_step, last_step):
+        training.run(images_of(step)[rank * size : (rank + 1) * size], PLAN.batch(step).labels, step=step)
+    training.proxies.optimizer.catch_up_all()
+    return training
+
+
+def state_of(training: TrainingStep) -> dict[str, torch.Tensor]:
+    return training.model.state_dict() | {
+        "proxies": training.proxies.weight_CD,
+        "velocity": training.proxies.optimizer.velocity_CD,
+    }
+
+
+def compare(rank: int, world_size: int, expected: Path, *, tolerance: float, training: TrainingStep) -> None:
+    exact = torch.load(expected)
+    part = Partition(PLAN.num_classes, rank, world_size)
+    for name, ours in state_of(training).items():
+        theirs = exact[name]
+        if name in ("proxies", "velocity"):
+            theirs = theirs[part.start : part.stop]
+        assert ours.shape == theirs.shape
+        if theirs.numel():
+            scale = float(theirs.double().abs().max()) or 1.0
+            assert float((ours.double() - theirs.double()).abs().max()) <= tolerance * scale, name
+
+
+def run_and_compare(rank: int, world_size: int, expected: Path) -> None:
+    training = train(rank, world_size, first_step=0, last_step=NUM_STEPS, load=None)
+    compare(rank, world_size, expected, tolerance=2e-3, training=training)
+
+
+def save(rank: int, world_size: int, folder: Path) -> None:
+    training = train(rank, world_size, first_step=0, last_step=6, load=None)
+    checkpoint.save(folder, training, step=6, digest="d")
+    torch.save(state_of(training), folder / f"rank{rank}.pt")
+
+
+def load_and_compare(rank: int, world_size: int, folder: Path, expected: Path) -> None:
+    training = train(rank, world_size, first_step=6, last_step=6, load=folder)
+    compare(rank, world_size, expected, tolerance=0.0, training=training)
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("one") / "state.pt"
+    torch.save(state_of(train(0, 1, first_step=0, last_step=NUM_STEPS, load=None)), path)
+    return path
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ten_steps_equal_one_workers(one_worker: Path, world_size: int) -> None:
+    run(run_and_compare, world_size, one_worker)
+
+
+def test_training_learns(one_worker: Path) -> None:
+    untrained = state_of(train(0, 1, first_step=0, last_step=0, load=None))
+    trained = torch.load(one_worker)
+    assert not torch.equal(untrained["proxies"], trained["proxies"])
+    assert not torch.equal(untrained["backbone.conv1.weight"], trained["backbone.conv1.weight"])
+
+
+def test_checkpoints_reshard(tmp_path: Path) -> None:
+    """Saved by 3 workers (4, 4 and 3 classes), loaded bit-exact by 1 and by 2."""
+    run(save, 3, tmp_path)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
+    whole = parts[0] | {name: torch.cat([part[name] for part in parts]) for name in ("proxies", "velocity")}
+    torch.save(whole, tmp_path / "whole.pt")
+    load_and_compare(0, 1, tmp_path, tmp_path / "whole.pt")
+    run(load_and_compare, 2, tmp_path, tmp_path / "whole.pt")
+
+
+def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    training = train(0, 1, first_step=0, last_step=0, load=None)
+    checkpoint.save(tmp_path, training, step=0, digest="other")
+    with pytest.raises(ValueError, match="is of data other with 11 classes, this run trains on d with 11"):
+        train(0, 1, first_step=0, last_step=0, load=tmp_path)
+
+
+def test_warm_up_moves_the_new_layers_only() -> None:
+    start = {
+        name: tensor.clone() for name, tensor in state_of(train(0, 1, first_step=0, last_step=0, load=None)).items()
+    }
+    warm = state_of(train(0, 1, first_step=0, last_step=PLAN.steps_per_epoch, load=None))
+    changed = {name for name in start if not torch.equal(start[name], warm[name])}
+    assert changed == {"linear.weight", "proxies", "velocity"}
+
+
+def test_without_a_linear_layer_the_warm_up_moves_the_proxies_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dim=512))
+    monkeypatch.setitem(globals(), "CONFIG", config)
+    training = train(0, 1, first_step=0, last_step=1, load=None)
+    assert training.optimizer is None
+    assert train(0, 1, first_step=0, last_step=5, load=None).optimizer is not None

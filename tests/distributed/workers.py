@@ -1,0 +1,28 @@
+"""Running a function on several real gloo ranks."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, function: Callable[..., Any], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        function(rank, world_size, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> None:
+    """Call `function(rank, world_size, *arguments)` in `world_size` processes; an exception in one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_enter, args=(function, world_size, port, arguments), nprocs=world_size)

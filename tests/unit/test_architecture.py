@@ -1,0 +1,58 @@
+"""Imports point one way, and what must run without Ray does not import it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "nsl_dist"
+LAYERS = {
+    "config": 0, "storage": 0, "device": 0, "cluster": 0,
+    "recipes": 1, "data": 1, "model": 1, "proxies": 1, "tracking": 1, "commandline": 2,
+    "training": 3, "retrieval": 2,
+}  # fmt: skip
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "nsl_dist" and len(parts) > 1 and parts[1] != layer:
+            assert LAYERS[parts[1]] < LAYERS[layer] or (parts[1] in ("data", "model") and LAYERS[layer] > 0), (
+                f"{path.name} of layer {layer} imports {name}"
+            )
+        if name.startswith("ray.train"):
+            assert layer == "training", f"{path.name} imports {name}; only training and jobs may"
+        if name.startswith("mlflow"):
+            assert layer == "tracking", f"{path.name} imports {name}; only tracking may"
+
+
+def test_data_does_not_import_model_nor_model_data() -> None:
+    for path in modules():
+        layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        peers = {"data", "model", "proxies"} - {layer}
+        if layer in ("data", "model", "proxies"):
+            assert not {f"nsl_dist.{peer}" for peer in peers} & imports_of(path), path
+
+
+def test_training_step_needs_no_ray() -> None:
+    modules = "nsl_dist.training.step, nsl_dist.data.sampler, nsl_dist.proxies.matrix, nsl_dist.recipes"
+    code = f"import sys; import {modules}; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

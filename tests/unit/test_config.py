@@ -1,0 +1,60 @@
+import dataclasses
+
+import pytest
+
+from nsl_dist.commandline import parse_train_config
+from nsl_dist.recipes import RECIPES
+
+
+def parse(*arguments: str):
+    return parse_train_config(list(arguments), description="")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.batch-size", "81"], "81 is not a positive multiple of --data.images-per-class 5"),
+        (["--num-workers", "3"], "global batch 80 is not divisible by 3 workers"),
+        (["--proxies.sample-rate", "0"], "--proxies.sample-rate 0.0 must be in (0, 1]"),
+        (["--proxies.sample-rate", "1.5"], "--proxies.sample-rate 1.5 must be in (0, 1]"),
+        (["--num-workers", "0"], "--num-workers 0 must be at least 1"),
+        (["--optim.epochs", "0"], "--optim.epochs 0 must be >= 1"),
+        (["--run-name", "a/b"], "--run-name 'a/b'"),
+    ],
+)
+def test_bad_values_are_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(*flags)
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_flags_override_the_recipe() -> None:
+    config = parse(
+        "--recipe", "sop_resnet50", "--optim.epochs", "3", "--data.root", "/x", "--model.backbone", "resnet18"
+    )
+    assert (config.optim.epochs, config.data.root, config.model.backbone) == (3, "/x", "resnet18")
+    assert (config.optim.lr, config.model.dim, config.data.resized_edge) == (0.01, 2048, 256)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipe_names_itself(name: str) -> None:
+    assert RECIPES[name]().recipe == name
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+
+    def check(config: object, prefix: str) -> None:
+        for field in dataclasses.fields(config):  # type: ignore[arg-type]
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                check(value, f"{prefix}{field.name}.")
+            else:
+                assert f"--{prefix}{field.name}".replace("_", "-") in text
+
+    check(RECIPES["laptop"](), "")
+    assert text.count("(default:") >= 40

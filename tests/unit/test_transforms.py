@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+
+from nsl_dist.config import DataConfig
+from nsl_dist.data.transforms import augment, decode, eval_transform, normalise, resize
+from tests.conftest import encode
+
+RNG = np.random.default_rng(0)
+SMOOTH = np.asarray(np.kron(RNG.integers(0, 255, (6, 5, 3)), np.ones((8, 8, 1))), dtype=np.uint8)
+
+
+def test_decodes_formats_and_grayscale() -> None:
+    assert decode(encode(SMOOTH, "PNG")).permute(1, 2, 0).numpy().tolist() == SMOOTH.tolist()
+    gray = decode(encode(SMOOTH[..., 0]))
+    assert gray.shape == (3, 48, 40)
+    assert (gray[0] == gray[2]).all()
+    assert (decode(encode(SMOOTH)).permute(1, 2, 0).int() - torch.from_numpy(SMOOTH).int()).abs().float().mean() < 12
+
+
+@pytest.mark.parametrize("broken", [b"", b"no image", encode(SMOOTH)[:400], encode(SMOOTH, "PNG")[:300]])
+def test_broken_images_are_refused(broken: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        decode(broken)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DataConfig(image_size=28, flip=True), DataConfig(image_size=28, flip=True, rotation=20, scale=0.2, shear=10)],
+)
+def test_augmentation_does_not_depend_on_the_number_of_workers(config: DataConfig) -> None:
+    images = torch.stack([resize(decode(encode(SMOOTH)), config.resized_edge)] * 80)
+    whole = augment(images, range(80), config, seed=1, step=2)
+    parts = [augment(images[p.start : p.stop], p, config, seed=1, step=2) for p in (range(40), range(40, 80))]
+    assert whole.shape == (80, 3, 28, 28)
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, augment(images, range(80), config, seed=1, step=3))
+
+
+def test_both_ways_of_cropping_agree() -> None:
+    """A rotation too small to move a pixel takes the resampling path; it must give the plain crops and mirrors."""
+    plain = DataConfig(image_size=28, batch_size=20)
+    tiny = DataConfig(image_size=28, batch_size=20, rotation=1e-4)
+    images = torch.stack([resize(decode(encode(SMOOTH)), plain.resized_edge)] * 20)
+    crops, sampled = (augment(images, range(20), config, seed=0, step=0) for config in (plain, tiny))
+    assert (crops.int() - sampled.int()).abs().max() <= 1
+
+
+def test_eval_takes_the_centre() -> None:
+    config = DataConfig(image_size=28)
+    whole = resize(decode(encode(SMOOTH)), 32)
+    assert torch.equal(eval_transform(decode(encode(SMOOTH)), config), whole[:, 2:30, 2:30])
+
+
+def test_normalise() -> None:
+    pixels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    torch.testing.assert_close(normalise(pixels)[0, :, 0, 0], torch.tensor([2.2489, 2.4286, 2.64]), atol=1e-4, rtol=0)
