@@ -54,7 +54,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
 
     manifest = _open_data(config)
-    ray.get(check)
+    try:
+        ray.get(check)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # the user's mistake, without the task's stack
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     schedule = Schedule(config.optim, plan.steps_per_epoch)

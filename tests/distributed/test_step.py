@@ -108,9 +108,9 @@ def test_training_learns(one_worker: Path) -> None:
 
 
 def test_checkpoints_reshard(tmp_path: Path) -> None:
-    """Saved by 3 workers (4, 4 and 3 classes), loaded bit-exact by 1 and by 2."""
-    run(save, 3, tmp_path)
-    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
+    """Saved by 4 workers (3, 3, 3 and 2 classes), loaded bit-exact by 1 and by 2 (6 and 5)."""
+    run(save, 4, tmp_path)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
     whole = parts[0] | {name: torch.cat([part[name] for part in parts]) for name in ("proxies", "velocity")}
     torch.save(whole, tmp_path / "whole.pt")
     load_and_compare(0, 1, tmp_path, tmp_path / "whole.pt")

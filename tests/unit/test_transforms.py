@@ -18,7 +18,7 @@ def test_decodes_formats_and_grayscale() -> None:
     assert (decode(encode(SMOOTH)).permute(1, 2, 0).int() - torch.from_numpy(SMOOTH).int()).abs().float().mean() < 12
 
 
-@pytest.mark.parametrize("broken", [b"", b"no image", encode(SMOOTH)[:400], encode(SMOOTH, "PNG")[:300]])
+@pytest.mark.parametrize("broken", [b"", b"no image", encode(SMOOTH)[:400], encode(SMOOTH, "PNG")[:100]])
 def test_broken_images_are_refused(broken: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         decode(broken)
