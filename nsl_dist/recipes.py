@@ -28,10 +28,10 @@ def laptop() -> TrainConfig:
     """
     return TrainConfig(
         recipe="laptop",
-        data=DataConfig(flip=False, rotation=10, scale=0.15, shear=8),
+        data=DataConfig(image_size=48, flip=False, rotation=10, scale=0.15, shear=8),
         model=ModelConfig(backbone="resnet18", dim=128),
         proxies=ProxyConfig(sample_rate=0.5),
-        optim=OptimConfig(),
+        optim=OptimConfig(epochs=10),
     )
 
 

@@ -33,10 +33,10 @@ Colour = tuple[int, int, int]
 class Spec:
     """How many products and photographs to render; its values name the folder that they are cached in."""
 
-    train_classes: int = 200
-    test_classes: int = 150
-    fewest_images: int = 4
-    most_images: int = 8
+    train_classes: int = 130
+    test_classes: int = 80
+    fewest_images: int = 7
+    most_images: int = 13
     seed: int = 0
     version: int = 1  # of the renderer
 
@@ -122,15 +122,15 @@ def photograph(product: Product, rng: np.random.Generator, *, gray: bool = False
     item = _viewed(_drawn(product), rng)
     scene = _background(rng)
     scene.paste(item, (0, 0), item)
-    for _ in range(int(rng.integers(0, 2))):  # occlusion
+    if rng.random() < 0.35:  # occlusion
         _blob(ImageDraw.Draw(scene), rng, largest=0.25)
     photo = _lit(scene, rng)
     if rng.random() < 0.3:
-        photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+        photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     if gray:
         photo = photo.convert("L")
     encoded = io.BytesIO()
-    photo.save(encoded, "JPEG", quality=int(rng.integers(35, 92)))
+    photo.save(encoded, "JPEG", quality=int(rng.integers(45, 92)))
     return encoded.getvalue()
 
 
@@ -146,7 +146,7 @@ def _drawn(product: Product) -> Image.Image:
     _silhouette(ImageDraw.Draw(mask), product)
     surface = _textured(product)
     draw = ImageDraw.Draw(surface)
-    font = ImageFont.load_default(size * 0.2)
+    font = ImageFont.load_default(size * 0.25)
     middle = (size / 2, size * product.lettering_height)
     left, top, right, bottom = draw.textbbox(middle, product.lettering, font=font, anchor="mm")
     draw.rectangle((left - 4, top - 3, right + 4, bottom + 3), fill=product.accent)
@@ -250,7 +250,7 @@ def _viewed(item: Image.Image, rng: np.random.Generator) -> Image.Image:
     squeeze = rng.uniform(0.8, 1.0)  # seen from the side
     centre = EDGE / 2 + rng.uniform(-0.07, 0.07, 2) * EDGE
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [half * squeeze, half]
-    corners = corners * (1 + rng.uniform(-0.12, 0.12, (4, 1)))  # perspective
+    corners = corners * (1 + rng.uniform(-0.1, 0.1, (4, 1)))  # perspective
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     target = corners @ rotation.T + centre
     source = np.array([[0, 0], [CANVAS, 0], [CANVAS, CANVAS], [0, CANVAS]], dtype=float)
@@ -278,7 +278,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
     draw = ImageDraw.Draw(scene)
     for _ in range(int(rng.integers(0, 4))):
         _blob(draw, rng, largest=0.45)
-    noise = rng.normal(0, rng.uniform(2, 14), (EDGE, EDGE, 3))
+    noise = rng.normal(0, rng.uniform(1, 8), (EDGE, EDGE, 3))
     return Image.fromarray(np.clip(np.asarray(scene) + noise, 0, 255).astype(np.uint8))
 
 

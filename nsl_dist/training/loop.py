@@ -2,8 +2,9 @@
 
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
@@ -17,8 +18,10 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest
 from nsl_dist.data.stream import planned_batches
 from nsl_dist.device import use_cpu_threads
-from nsl_dist.training import checkpoint
-from nsl_dist.training.step import TrainingStep
+from nsl_dist.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from nsl_dist.training.step import TrainingStep
 
 
 def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> None:
@@ -38,6 +41,35 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
 
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
+    schedule = Schedule(config.optim, plan.steps_per_epoch)
+    last_checkpoint = ray.train.get_checkpoint()
+    first_step = int(last_checkpoint.get_metadata()["step"]) if last_checkpoint is not None else 0
+    if first_step == schedule.num_steps:
+        return
+
+    # One plan, executed once for all: rank 0 starts it, so that it fits the step and the workers of this very attempt.
+    shards: list[Any] = [None] * world_size
+    if rank == 0:
+        shards = list(
+            planned_batches(
+                plan,
+                split,
+                config.data,
+                first_step=first_step,
+                last_step=schedule.num_steps,
+                world_size=world_size,
+            )
+        )
+    dist.broadcast_object_list(shards, src=0)
+    part_size = plan.batch_size // world_size
+    batches = iter(shards[rank].iter_torch_batches(batch_size=part_size, prefetch_batches=2, device=device))
+    fetcher = ThreadPoolExecutor(1)
+    upcoming = fetcher.submit(next, batches)
+
+    # Imported here, so that the first batches are read and decoded while the model's code loads.
+    from nsl_dist.training import checkpoint
+    from nsl_dist.training.step import TrainingStep
+
     training = TrainingStep(
         config,
         num_classes=split.num_classes,
@@ -47,28 +79,16 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
         world_size=world_size,
         group=dist.group.WORLD,
     )
-    first_step, num_steps = 0, training.schedule.num_steps
-    last_checkpoint = ray.train.get_checkpoint()
     if last_checkpoint is not None:
         with last_checkpoint.as_directory() as directory:
-            first_step = checkpoint.load(Path(directory), training, digest=manifest.digest)
-    if first_step == num_steps:
-        return
+            assert checkpoint.load(Path(directory), training, digest=manifest.digest) == first_step
 
-    # One plan, executed once for all: rank 0 starts it, so that it fits the step and the workers of this very attempt.
-    shards: list[Any] = [None] * world_size
-    if rank == 0:
-        shards = list(
-            planned_batches(plan, split, config.data, first_step=first_step, last_step=num_steps, world_size=world_size)
-        )
-    dist.broadcast_object_list(shards, src=0)
-    part_size = plan.batch_size // world_size
-    batches = iter(shards[rank].iter_torch_batches(batch_size=part_size, prefetch_batches=2, device=device))
-
-    meter = _Meter(first_step, num_steps, plan.batch_size)
-    for step in range(first_step, num_steps):
+    meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
+    for step in range(first_step, schedule.num_steps):
         with meter.waiting():
-            batch = next(batches)
+            batch = upcoming.result()
+        if step + 1 < schedule.num_steps:
+            upcoming = fetcher.submit(next, batches)
         assert len(batch["image"]) == part_size, (
             f"step {step}, rank {rank}: {len(batch['image'])} != {part_size} images"
         )
@@ -77,27 +97,31 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
 
         loss = training.run(batch["image"], plan.batch(step).labels, step=step)
 
-        if (step + 1) % config.tracking.every == 0 or step + 1 == num_steps or step == first_step:
+        if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step:
             value = loss.item()
             if not np.isfinite(value):
                 raise RuntimeError(f"the loss is {value} at step {step}; lower --optim.lr, or look at the data")
             if rank == 0:
-                lr = training.schedule.learning_rate(step)
+                lr = schedule.learning_rate(step)
                 progress.put({"step": step + 1, "loss": value, "learning_rate": lr, **meter.read(step)})
         _checkpoint_when_due(training, manifest, step=step + 1)
 
 
-def _checkpoint_when_due(training: TrainingStep, manifest: Manifest, *, step: int) -> None:
+def _checkpoint_when_due(training: "TrainingStep", manifest: Manifest, *, step: int) -> None:
     """Write a checkpoint after `step` iterations, and have it evaluated beside the training, if it is time for that."""
     config, num_steps, steps_per_epoch = training.config, training.schedule.num_steps, training.schedule.steps_per_epoch
     evaluate = config.eval.every > 0 and step % (config.eval.every * steps_per_epoch) == 0 and step < num_steps
     if not (evaluate or step % (config.checkpoint.every or steps_per_epoch) == 0 or step == num_steps):
         return
+    from nsl_dist.training import checkpoint
+
     directory = Path(tempfile.mkdtemp(prefix="nsl_dist_checkpoint_"))
     checkpoint.save(directory, training, step=step, digest=manifest.digest)
+    saved = ray.train.Checkpoint.from_directory(directory)
+    saved.set_metadata({"step": step})
     ray.train.report(
         {"step": step},
-        checkpoint=ray.train.Checkpoint.from_directory(directory),
+        checkpoint=saved,
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
         validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": step}) if evaluate else False,

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import mlflow
@@ -50,7 +51,7 @@ def test_results(finished: tuple[Path, str]) -> None:
     for result in (results, results["untrained"]):
         for kind in ("float", "binary"):
             shares = [result["recall"][kind][str(k)] for k in (1, 10, 100, 1000)]
-            assert all(0 <= a <= b <= 1 for a, b in zip(shares, shares[1:], strict=False))
+            assert all(0 <= a <= b <= 1 for a, b in pairwise(shares))
             assert shares[-1] == 40 / 41  # the class with one image can only miss
     assert (results["num_queries"], results["num_classes"], results["num_singleton_classes"]) == (41, 9, 1)
     assert results["steps"] == 2 * (140 // 20)
@@ -174,14 +175,17 @@ def _listens(port: int) -> bool:
 
 def test_ray_job_submit(head: tuple[str, dict[str, str]], root: Path, tmp_path: Path) -> None:
     address, environment = head
+    ray = str(Path(sys.executable).parent / "ray")
+    submit = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
+    flags = [f"--data.root={root}", f"--storage={tmp_path}/storage", "--run-name=submitted", *SMALL]
     done = subprocess.run(
-        [
-            str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--",
-            sys.executable, "jobs/train_sop.py", f"--data.root={root}", f"--storage={tmp_path}/storage",
-            "--run-name=submitted", *SMALL,
-        ],  # fmt: skip
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [*submit, "jobs/train_sop.py", *flags],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 14/14" in done.stdout
     assert f"results: {tmp_path}/storage/runs/submitted/results.json" in done.stdout
@@ -189,10 +193,10 @@ def test_ray_job_submit(head: tuple[str, dict[str, str]], root: Path, tmp_path: 
 
 
 def test_real_characters(omniglot: Path, tmp_path: Path) -> None:
-    """A third of the laptop recipe's epochs lift recall@1 of unseen characters far above the untrained network's 24%."""
-    done = job(f"--data.root={omniglot}", f"--storage={tmp_path}", "--run-name=characters", "--optim.epochs=5")
+    """A fifth of the laptop recipe's epochs lifts recall@1 of unseen characters far above the untrained network's."""
+    done = job(f"--data.root={omniglot}", f"--storage={tmp_path}", "--run-name=characters", "--optim.epochs=3")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "runs" / "characters" / "results.json").read_text())
     assert results["num_queries"] == 2120
-    assert results["recall"]["float"]["1"] > 0.5
-    assert results["recall"]["binary"]["1"] > 0.4
+    assert results["recall"]["float"]["1"] > 0.4
+    assert results["recall"]["binary"]["1"] > 0.3
