@@ -104,7 +104,7 @@ class OptimConfig:
     """Epochs of floor(images / batch-size) iterations, the new-layers-only ones not counted."""
     new_layers_epochs: int = 0
     """Epochs before those that train only the linear layer and the proxies; then a fresh optimiser trains all."""
-    lr: float = 0.015
+    lr: float = 0.01
     """Learning rate of backbone and linear layer at the top of the schedule."""
     momentum: float = 0.9
     """SGD momentum."""

@@ -33,10 +33,10 @@ Colour = tuple[int, int, int]
 class Spec:
     """How many products and photographs to render; its values name the folder that they are cached in."""
 
-    train_classes: int = 130
-    test_classes: int = 80
-    fewest_images: int = 7
-    most_images: int = 13
+    train_classes: int = 100
+    test_classes: int = 50
+    fewest_images: int = 8
+    most_images: int = 16
     seed: int = 0
     version: int = 1  # of the renderer
 
@@ -270,7 +270,7 @@ def _homography(target: NDArray[np.float64], source: NDArray[np.float64]) -> lis
 
 def _background(rng: np.random.Generator) -> Image.Image:
     """Make a graded, cluttered background."""
-    colours = [_colour(rng.random(), rng.uniform(0, 0.25), rng.uniform(0.2, 1.0)) for _ in range(2)]
+    colours = [_colour(rng.random(), rng.uniform(0, 0.5), rng.uniform(0.2, 1.0)) for _ in range(2)]
     ramp = _ramp(rng)
     scene = Image.composite(
         Image.new("RGB", (EDGE, EDGE), colours[0]), Image.new("RGB", (EDGE, EDGE), colours[1]), ramp
