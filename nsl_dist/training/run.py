@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
-            results["untrained"] = evaluate(None, config, manifest, out=storage.join(run_dir, "embeddings"))
+            results["untrained"] = evaluate(None, config, manifest, out=storage.join(run_dir, "embeddings", "step-0"))
             tracked.log(recall_metrics(results["untrained"]), step=0)
             print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
 
@@ -80,7 +80,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        results |= evaluate(weights, config, manifest, out=storage.join(run_dir, "embeddings"))
+        results |= evaluate(
+            weights, config, manifest, out=storage.join(run_dir, "embeddings", f"step-{schedule.num_steps}")
+        )
         tracked.log(recall_metrics(results), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
