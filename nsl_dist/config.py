@@ -196,7 +196,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers train. auto: cuda if the cluster has GPUs."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast of the backbone. auto: bfloat16 where the device computes in it (GPUs, CPUs with AMX)."""
+    """Autocast of the backbone. auto: bfloat16 on GPUs that compute in it, float32 on CPUs."""
     max_failures: int = 3
     """Worker losses after which the run goes on from its last checkpoint; -1 for no limit."""
     seed: int = 0

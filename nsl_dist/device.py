@@ -12,10 +12,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         ValueError: bfloat16 is asked of a GPU that cannot compute in it.
 
     """
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        supported = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16" and device.type == "cuda" and not supported:
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set --precision float32")
     wanted = precision == "bfloat16" or (precision == "auto" and supported)

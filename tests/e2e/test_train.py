@@ -16,6 +16,8 @@ import torch
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from tests.conftest import write_sop
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 SMALL = [
     "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20", "--tracking.every=2",
