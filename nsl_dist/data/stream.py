@@ -29,7 +29,7 @@ def _yield_to_training() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
 
 
-class _Rest(ExecutionCallback):  # type: ignore[misc]
+class _Rest(ExecutionCallback):
     """Let the core go after a step of Ray Data's scheduling loop in which nothing happened.
 
     The loop does not wait while finished batches wait for the trainers, which is the usual case: it would spend a core
