@@ -66,8 +66,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _announce(config, manifest, schedule, run_dir, tracked.uri)
     seconds["setup"] = time.monotonic() - started
 
-    status = "FAILED"
-    files: list[str] = []
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
@@ -102,10 +100,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             local = Path(directory, "results.json")
             local.write_text(content)
             tracked.finish(status="FINISHED", files=[str(local)])
-        status = "FINISHED"
-    finally:
-        if status == "FAILED":
-            tracked.finish(status=status, files=files)
+    except BaseException:
+        tracked.finish(status="FAILED", files=[])
+        raise
     _show_results(results, config, run_dir, tracked.uri)
     return results
 
