@@ -2,8 +2,10 @@
 
 import os
 
+# Ray reads these when it is imported.
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
 if "RAY_ADDRESS" not in os.environ:
-    # A Ray started on this machine alone stays on loopback (Ray reads this when it is imported, and named the variable
-    # after the systems on which that is the default) and is not starved by what else runs there.
+    # A Ray started on this machine alone stays on loopback (Ray named the variable after the systems on which that is
+    # the default) and is not starved by what else runs there.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")

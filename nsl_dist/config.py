@@ -212,6 +212,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.cpus_per_worker >= 1, f"--cpus-per-worker {self.cpus_per_worker} must be at least 1")
         _require(self.seed >= 0, f"--seed {self.seed} must not be negative")
+        _require(
+            self.precision != "bfloat16" or self.data.image_size >= 32,
+            f"--precision bfloat16 needs images of 32 pixels or more, got --data.image-size {self.data.image_size}: on "
+            "CPUs PyTorch's bfloat16 gradient of a strided convolution over a single pixel is wrong",
+        )
         if self.num_workers is not None:
             _require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
             batch_size = self.data.batch_size

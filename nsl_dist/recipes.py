@@ -31,7 +31,7 @@ def laptop() -> TrainConfig:
         data=DataConfig(image_size=48, flip=False, rotation=10, scale=0.15, shear=8),
         model=ModelConfig(backbone="resnet18", dim=128),
         proxies=ProxyConfig(sample_rate=0.5),
-        optim=OptimConfig(epochs=15),
+        optim=OptimConfig(epochs=20, lr=0.015),
     )
 
 

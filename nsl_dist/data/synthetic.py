@@ -34,7 +34,7 @@ class Spec:
     """How many products and photographs to render; its values name the folder that they are cached in."""
 
     train_classes: int = 100
-    test_classes: int = 50
+    test_classes: int = 60
     fewest_images: int = 8
     most_images: int = 16
     seed: int = 0
@@ -246,7 +246,7 @@ def _textured(product: Product) -> Image.Image:
 def _viewed(item: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Project the canvas onto the photograph from a random viewpoint."""
     half = EDGE * rng.uniform(0.42, 0.56)
-    angle = math.radians(rng.normal(0, 10))
+    angle = math.radians(rng.normal(0, 20))
     squeeze = rng.uniform(0.8, 1.0)  # seen from the side
     centre = EDGE / 2 + rng.uniform(-0.07, 0.07, 2) * EDGE
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [half * squeeze, half]

@@ -129,7 +129,7 @@ def _checkpoint_when_due(training: "TrainingStep", manifest: Manifest, *, step: 
 
 
 class _Meter:
-    """Throughput, share of the time spent waiting for data, and time left; the first batch is counted apart."""
+    """Throughput, share of the time spent waiting for data, and time left, which the first batch tells nothing of."""
 
     def __init__(self, first_step: int, num_steps: int, batch_size: int) -> None:
         self._first_step = first_step
@@ -156,7 +156,6 @@ class _Meter:
         figures = {
             "images_per_second": steps * self._batch_size / elapsed,
             "data_wait_share": self._waited / elapsed,
-            "seconds_left": 0.0,
         }
         if step == self._first_step:
             self._started = now

@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     storage.check_writable(config.storage)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
-    cluster.connect(num_cpus=_cpus_beside(config) + (config.num_workers or 1) * config.cpus_per_worker)
+    cluster.connect(num_cpus=_cpus_needed(config))
     check = ray.remote(_check_model).remote(config)
     config = _settle(config)
     run_dir = storage.join(config.storage, "runs", str(config.run_name))
@@ -118,7 +118,7 @@ def _settle(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(config, device=device, num_workers=num_workers, run_name=run_name)
 
     cluster.require(
-        cpus=num_workers * config.cpus_per_worker + _cpus_beside(config),
+        cpus=_cpus_needed(config),
         gpus=num_workers if device == "cuda" else 0,
         why=f"{num_workers} training workers with {config.cpus_per_worker} CPUs each, {DATA_CPUS} to read and decode"
         + (f", {MID_RUN_EVAL_CPUS} to evaluate in mid-run" if config.eval.every else ""),
@@ -139,9 +139,10 @@ def _open_data(config: TrainConfig) -> Manifest:
     return open_or_prepare(root, cache=cache, max_undecodable=config.data.max_undecodable)
 
 
-def _cpus_beside(config: TrainConfig) -> int:
-    """Return the CPUs that a run needs beside those of its training workers."""
-    return DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
+def _cpus_needed(config: TrainConfig) -> int:
+    """Return the CPUs that a run needs: its training workers' (one worker where that is open yet) and those beside."""
+    workers = (config.num_workers or 1) * config.cpus_per_worker
+    return workers + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -215,6 +216,7 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
         validation_config=ray.train.ValidationConfig(
             functools.partial(
@@ -249,12 +251,12 @@ def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule) -> None:
             print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
             tracked.log(recall_metrics(record["evaluation"]), step=step)
             continue
-        left = record.pop("seconds_left")
+        left = record.pop("seconds_left", None)
         epoch = (step - 1) // schedule.steps_per_epoch + 1
         print(
             f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
             f"lr {record['learning_rate']:.2g}  {record['images_per_second']:.0f} images/s  "
-            f"data wait {record['data_wait_share']:.0%}  {_duration(left)} left",
+            f"data wait {record['data_wait_share']:.0%}" + (f"  {_duration(left)} left" if left is not None else ""),
             flush=True,
         )
         tracked.log(record, step=step)
