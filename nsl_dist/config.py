@@ -153,7 +153,7 @@ class EvalConfig:
     batch_size: int = 128
     """Images embedded at a time by one actor."""
     num_shards: int | None = None
-    """Shards of the gallery, searched in parallel and merged exactly. None: one for each actor that embeds."""
+    """Shards of the gallery, searched in parallel and merged exactly. None: one for each node."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"--eval.every {self.every} must be >= 0")

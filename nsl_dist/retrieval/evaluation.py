@@ -12,7 +12,7 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest
 from nsl_dist.retrieval.embed import embed_split
 from nsl_dist.retrieval.metrics import first_match, recall_at_k
-from nsl_dist.retrieval.search import self_retrieval
+from nsl_dist.retrieval.search import self_retrieval, start_shards
 
 
 def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, out: str) -> dict[str, Any]:
@@ -38,10 +38,13 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, ou
     labels = np.repeat(np.arange(split.num_classes), split.sizes)
     deepest = min(max(config.eval.recall_at), num_images - 1)
     num_shards = config.eval.num_shards or sum(node["Alive"] for node in ray.nodes())
+    started = time.monotonic()
+    shards = start_shards(out, num_images=num_images, num_shards=num_shards)
+    seconds["index"] = time.monotonic() - started
     recall = {}
     for kind in ("float", "binary"):
         started = time.monotonic()
-        blocks = self_retrieval(out, num_images=num_images, k=deepest, num_shards=num_shards, kind=kind)
+        blocks = self_retrieval(out, shards, num_images=num_images, k=deepest, kind=kind)
         matches = np.concatenate([first_match(ids, queries.labels, labels) for queries, ids in blocks])
         seconds[f"search_{kind}"] = time.monotonic() - started
         # K beyond the gallery asks for all of it.

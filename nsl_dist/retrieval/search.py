@@ -96,25 +96,38 @@ def merge(
     return np.pad(merged_QK, ((0, 0), (0, k - merged_QK.shape[1])), constant_values=-1)
 
 
-def self_retrieval(
-    location: str, *, num_images: int, k: int, num_shards: int, kind: str
-) -> Iterator[tuple[Embeddings, NDArray[np.int64]]]:
-    """Search every embedding of a folder among all others, block by block.
+def start_shards(location: str, *, num_images: int, num_shards: int) -> list[Any]:
+    """Index a gallery in equal shards, each in an actor of its own, and wait until all are ready.
 
     Args:
         location: folder written by `embed_split`, ids 0 to `num_images` - 1.
         num_images: size of the gallery.
+        num_shards: parts wanted; no more than images are made.
+
+    """
+    cuts = np.linspace(0, num_images, min(num_shards, num_images) + 1).astype(int).tolist()
+    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(GalleryShard)
+    shards = [actor.remote(location, (start, stop)) for start, stop in pairwise(cuts)]
+    ray.get([shard.__ray_ready__.remote() for shard in shards])
+    return shards
+
+
+def self_retrieval(
+    location: str, shards: list[Any], *, num_images: int, k: int, kind: str
+) -> Iterator[tuple[Embeddings, NDArray[np.int64]]]:
+    """Search every embedding of a folder among all others, block by block.
+
+    Args:
+        location: folder that `shards` index.
+        shards: from `start_shards`.
+        num_images: size of the gallery.
         k: neighbours wanted.
-        num_shards: parts of the gallery, each in an actor of its own.
         kind: "float" or "binary".
 
     Yields:
         A block of queries and the ids `[Q, k]` of their neighbours (see `merge`).
 
     """
-    cuts = np.linspace(0, num_images, min(num_shards, num_images) + 1).astype(int).tolist()
-    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(GalleryShard)
-    shards = [actor.remote(location, (start, stop)) for start, stop in pairwise(cuts)]
     for start in range(0, num_images, QUERIES_AT_ONCE):
         queries = read_embeddings(location, ids=(start, start + QUERIES_AT_ONCE))
         block = ray.put(queries.vectors)

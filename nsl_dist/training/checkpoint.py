@@ -27,7 +27,7 @@ def save(directory: Path, training: TrainingStep, *, step: int, digest: str) -> 
     """Write the state before iteration `step`; every worker calls this with a folder of its own, merged later."""
     assert training.proxies.optimizer is not None
     training.proxies.optimizer.catch_up_all()
-    save_sharded(_state(training), checkpoint_id=directory, no_dist=training.group is None)
+    save_sharded(_state(training), checkpoint_id=directory, no_dist=not dist.is_initialized())
     if training.proxies.partition.rank == 0:
         torch.save(training.model.state_dict(), directory / MODEL_FILE)
         run = {
@@ -58,7 +58,7 @@ def load(directory: Path, training: TrainingStep, *, digest: str) -> int:
     optimizer = training.proxies.optimizer
     assert optimizer is not None
     state = _state(training)
-    load_sharded(state, checkpoint_id=directory, no_dist=training.group is None)
+    load_sharded(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     training.model.load_state_dict(torch.load(directory / MODEL_FILE, map_location="cpu", weights_only=True))
     if training.optimizer is not None:
         set_optimizer_state_dict(training.model, training.optimizer, state["optimizer"])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import sys
 import tempfile
 import threading
@@ -236,10 +237,9 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir
 
 
 def _train_worker(setup: dict[str, Any]) -> None:
-    from nsl_dist.training.loop import (
-        train_worker,  # here, so that driver and controller need not load the model's code
-    )
+    from nsl_dist.training.loop import train_worker  # here, so that driver and controller need not load it
 
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train's own level spares the lines about each report
     train_worker(**setup)
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.conftest import write_sop
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
 SMALL = [
     "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20", "--tracking.every=2",
 ]  # fmt: skip
@@ -29,19 +31,67 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sop(tmp_path_factory.mktemp("raw"), {"train": [7] * 20, "test": [5] * 8 + [1]})
 
 
-def job(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "jobs/train_sop.py", *arguments]
+def run(*command: str, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500)
 
 
+def without_cluster() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def job(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return run(sys.executable, "jobs/train_sop.py", *arguments, environment=without_cluster())
+
+
 @pytest.fixture(scope="module")
-def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of two workers, half of the classes sampled, evaluated after every epoch."""
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head started by hand on loopback, with a dashboard that takes jobs; its address and environment."""
+    directory = tmp_path_factory.mktemp("head")
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    token = directory / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    environment = without_cluster() | {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    flags = [f"--port={port}", "--num-cpus=5", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", *flags]
+    with (directory / "head.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not _listens(dashboard) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert process.poll() is None, (directory / "head.log").read_text()
+        assert _listens(dashboard)
+        yield f"http://127.0.0.1:{dashboard}", environment
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(
+    head: tuple[str, dict[str, str]], root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A job of two workers, submitted to a cluster; half of the classes sampled, evaluated after every epoch."""
+    address, environment = head
     storage = tmp_path_factory.mktemp("storage")
-    done = job(
+    done = run(
+        RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable, "jobs/train_sop.py",
         f"--data.root={root}", f"--storage={storage}", "--run-name=first", "--num-workers=2", *SMALL,
         "--proxies.sample-rate=0.5", "--eval.every=1", "--eval.untrained", "--eval.num-shards=3", "--checkpoint.keep=1",
+        environment=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return storage, done.stdout
@@ -75,9 +125,9 @@ def test_output_says_what_it_does_and_found(finished: tuple[Path, str]) -> None:
         "step 7: float recall@1/10/100/1000",
     ):
         assert text in output
-    last = output.strip().splitlines()[-2:]
-    assert last[0] == f"results: {storage}/runs/first/results.json"
-    assert last[1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
+    lines = output.splitlines()
+    results = lines.index(f"results: {storage}/runs/first/results.json")
+    assert lines[results + 1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
 
 
 def test_mlflow_run(finished: tuple[Path, str]) -> None:
@@ -95,7 +145,7 @@ def test_mlflow_run(finished: tuple[Path, str]) -> None:
 
 def test_checkpoint(finished: tuple[Path, str]) -> None:
     storage, _ = finished
-    (directory,) = (storage / "runs" / "first").glob("checkpoint_*")
+    (directory,) = (storage / "runs" / "first").glob("checkpoint_*/")
     run = json.loads((directory / "run.json").read_text())
     assert (run["step"], run["num_classes"], run["config"]["seed"]) == (14, 20, 0)
     model = torch.load(directory / "model.pt", weights_only=True)
@@ -134,64 +184,6 @@ def test_bad_input_ends_before_training(changes: dict, message: str, root: Path,
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(TrainConfig(**fields))
     assert not (tmp_path / "runs" / "bad" / "mlflow_run_id").exists()
-
-
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head started by hand on loopback, with a dashboard that takes jobs."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef0123456789abcdef")
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_worker_niceness": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    flags = [f"--port={port}", "--num-cpus=3", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    with (tmp_path / "head.log").open("w") as log:
-        process = subprocess.Popen([*command, *flags], env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(120):
-            if process.poll() is not None or _listens(dashboard):
-                break
-            try:
-                process.wait(1)
-            except subprocess.TimeoutExpired:
-                continue
-        assert process.poll() is None, (tmp_path / "head.log").read_text()
-        yield f"http://127.0.0.1:{dashboard}", environment
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def test_ray_job_submit(head: tuple[str, dict[str, str]], root: Path, tmp_path: Path) -> None:
-    address, environment = head
-    ray = str(Path(sys.executable).parent / "ray")
-    submit = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
-    flags = [f"--data.root={root}", f"--storage={tmp_path}/storage", "--run-name=submitted", *SMALL]
-    done = subprocess.run(
-        [*submit, "jobs/train_sop.py", *flags],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 14/14" in done.stdout
-    assert f"results: {tmp_path}/storage/runs/submitted/results.json" in done.stdout
-    assert (tmp_path / "storage" / "runs" / "submitted" / "results.json").exists()
 
 
 def test_real_characters(omniglot: Path, tmp_path: Path) -> None:
