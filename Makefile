@@ -4,16 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-all lint setup lock
+.PHONY: train test lint setup lock
 
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
-
-test-all: setup
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check nsl_dist jobs tests
