@@ -22,7 +22,7 @@ def connect(*, num_cpus: int) -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level="warning")
+        ray.init(logging_level="warning")
         return
     ray.init(
         address="local",

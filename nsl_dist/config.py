@@ -190,7 +190,7 @@ class TrainConfig:
     run_name: str | None = None
     """Name of the run, a folder below STORAGE/runs. None: the recipe and the time."""
     num_workers: int | None = None
-    """Training workers. None: one for each GPU of the cluster, or one on CPUs."""
+    """Training workers. None: one for each GPU of the cluster, as far as they share the batch evenly; one on CPUs."""
     cpus_per_worker: int = 1
     """CPUs that each training worker reserves; the rest of the cluster reads and decodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -198,7 +198,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of the backbone. auto: bfloat16 on GPUs that compute in it, float32 on CPUs."""
     max_failures: int = 3
-    """Worker losses after which the run goes on from its last checkpoint; -1 for no limit."""
+    """Failures of workers, lost nodes included, after which a run goes on from its last checkpoint; -1: no limit."""
     seed: int = 0
     """Seed of weights, plan, augmentation and class sampling."""
     data: DataConfig = field(default_factory=DataConfig)

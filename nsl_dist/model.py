@@ -1,6 +1,7 @@
 """The embedding model: backbone -> pool -> LayerNorm -> linear -> L2 (paper, section 3.2)."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from nsl_dist.config import ModelConfig
-
-MODEL_FILE = "model.pt"  # of a checkpoint
 
 
 class EmbeddingModel(nn.Module):
@@ -79,7 +78,10 @@ def _build_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
     path = Path(config.weights).expanduser()
     if path.is_file():
         backbone: nn.Module = torchvision.models.get_model(config.backbone, weights=None, **extra)
-        backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (RuntimeError, UnpicklingError) as error:
+            raise ValueError(f"--model.weights {path} is no state_dict of {config.backbone}: {error}") from error
         return backbone
     available = torchvision.models.get_model_weights(config.backbone)
     if config.weights not in available.__members__:

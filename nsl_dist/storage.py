@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
+MODEL_FILE = "model.pt"  # of a checkpoint: the embedding model alone
+
 
 def absolute(location: str) -> str:
     """Return a URI unchanged and a local path made absolute, `~` expanded."""

@@ -19,8 +19,11 @@ def tracking_uri(config: TrainConfig) -> str:
     """Return the configured MLflow URI, or that of a SQLite database beside the runs."""
     if config.tracking.uri is not None:
         return config.tracking.uri
-    root = "~/nsl_dist" if "://" in config.storage else config.storage
-    return f"sqlite:///{storage.absolute(root)}/mlflow.db"
+    return f"sqlite:///{_local_root(config)}/mlflow.db"
+
+
+def _local_root(config: TrainConfig) -> str:
+    return storage.absolute("~/nsl_dist" if "://" in config.storage else config.storage)
 
 
 class TrackedRun:
@@ -46,9 +49,9 @@ class TrackedRun:
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name(config.tracking.experiment)
             if experiment is None:
-                artifacts = None if uri.startswith("http") else storage.join(config.storage, "mlartifacts")
+                artifacts = None if uri.startswith("http") else storage.join(_local_root(config), "mlartifacts")
                 self._experiment_id = self._client.create_experiment(
-                    config.tracking.experiment, artifact_location=artifacts and storage.absolute(artifacts)
+                    config.tracking.experiment, artifact_location=artifacts
                 )
             else:
                 self._experiment_id = experiment.experiment_id
@@ -56,9 +59,20 @@ class TrackedRun:
             raise ValueError(f"--tracking.uri {self.uri} cannot be used: {error}") from error
 
     def start(self, config: TrainConfig, *, digest: str, run_id: str | None) -> None:
-        """Create a run with the configuration and the data's digest as parameters, or go on with `run_id`."""
+        """Create a run with the configuration and the data's digest as parameters, or go on with `run_id`.
+
+        Raises:
+            ValueError: MLflow does not know `run_id`.
+
+        """
         if run_id is not None:
-            self._client.update_run(run_id, status="RUNNING")
+            try:
+                self._client.update_run(run_id, status="RUNNING")
+            except mlflow.exceptions.MlflowException as error:
+                raise ValueError(
+                    f"run {config.run_name} was tracked elsewhere: {self.uri} has no MLflow run {run_id} ({error}); "
+                    "give its --tracking.uri, or choose another --run-name"
+                ) from error
             self.run_id = run_id
             return
         self.run_id = self._client.create_run(self._experiment_id, run_name=config.run_name).info.run_id

@@ -7,6 +7,7 @@ it was found: the images of a class are one range read, on a disk or in an objec
 
 import functools
 import hashlib
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -218,6 +219,8 @@ def prepare(records: pa.Table, *, root: str, out: str, max_undecodable: float, l
 
     """
     assert records.schema == RECORDS_SCHEMA, f"{records.schema} is not {RECORDS_SCHEMA}"
+    if not 0 <= max_undecodable <= 1:
+        raise ValueError(f"--max-undecodable {max_undecodable} must be in [0, 1]")
     root, out = storage.absolute(root), storage.absolute(out)
     digest = records_digest(records, layout=layout)
     if is_prepared(out):
@@ -243,8 +246,9 @@ def prepare(records: pa.Table, *, root: str, out: str, max_undecodable: float, l
     reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
 
     classes = _index_classes([row for report in reports for row in report["classes"]])
-    filesystem, path = storage.resolve(storage.join(out, "classes.parquet"))
-    pq.write_table(classes, path, filesystem=filesystem)
+    written_classes = io.BytesIO()
+    pq.write_table(classes, written_classes)
+    storage.write_bytes(storage.join(out, "classes.parquet"), written_classes.getvalue())
     shards = sorted((report["shard"] for report in reports), key=lambda shard: str(shard["path"]))
     content = {
         "version": FORMAT_VERSION,
@@ -283,13 +287,13 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
     from nsl_dist.data.transforms import decode  # torch takes seconds to import, and the driver decodes nothing
 
     source, source_path = storage.resolve(root)
-    target, target_path = storage.resolve(storage.join(out, name))
+    written = io.BytesIO()  # in memory first: another job that shards the same data may be reading the old file
     classes: list[dict[str, Any]] = []
     undecodable: list[dict[str, str]] = []
     rows = records.to_pylist()
     # Statistics of the image column would put whole images into the footer.
     with pq.ParquetWriter(
-        target_path, BAG_SCHEMA, filesystem=target, compression="none", use_dictionary=False, write_statistics=False
+        written, BAG_SCHEMA, compression="none", use_dictionary=False, write_statistics=False
     ) as writer:
         start = 0
         while start < len(rows):
@@ -322,9 +326,10 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
                     }
                 )
             start = stop
-    num_bytes = target.get_file_info(target_path).size
+    content = written.getvalue()
+    storage.write_bytes(storage.join(out, name), content)
     num_images = sum(row["num_images"] for row in classes)
-    shard = {"path": name, "num_images": num_images, "num_bytes": num_bytes}
+    shard = {"path": name, "num_images": num_images, "num_bytes": len(content)}
     return {"shard": shard, "classes": classes, "undecodable": undecodable}
 
 

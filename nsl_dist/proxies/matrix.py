@@ -58,12 +58,11 @@ class ProxyMatrix:
         self.weight_CD = initial_rows(partition, dim, seed=seed).to(device)
         self.optimizer: DeferredSGD | None = None
 
-    def start_optimizer(self, *, momentum: float, weight_decay: float) -> DeferredSGD:
+    def start_optimizer(self, *, momentum: float, weight_decay: float) -> None:
         """Begin with a fresh optimiser, all rows first brought up to date with the one before."""
         if self.optimizer is not None:
             self.optimizer.catch_up_all()
         self.optimizer = DeferredSGD(self.weight_CD, momentum=momentum, weight_decay=weight_decay)
-        return self.optimizer
 
     def loss(self, embeddings_bD: Tensor, labels_B: NDArray[np.int64], *, step: int) -> Tensor:
         """Return the loss of the global batch over the classes sampled for this step.
@@ -86,7 +85,8 @@ class ProxyMatrix:
                 f"{partition.num_classes} classes; the plan and the shards belong to different data"
             )
         mine_B = (labels_B >= partition.start) & (labels_B < partition.stop)
-        rng = np.random.default_rng((self.seed, step, partition.rank))
+        # numpy takes (seed, step, 0) for (seed, step), the plan's own stream, and 1 is the augmentation's.
+        rng = np.random.default_rng((self.seed, step, 2 + partition.rank))
         rows = sample_rows(
             labels_B[mine_B] - partition.start, num_rows=partition.num_rows, sample_rate=self.sample_rate, rng=rng
         )

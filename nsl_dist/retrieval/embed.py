@@ -15,15 +15,14 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Split
 
 
-def embed_split(weights: str | None, config: TrainConfig, split: Split, *, out: str) -> int:
+def embed_split(weights: str | None, config: TrainConfig, split: Split, *, out: str, num_gpus: int) -> int:
     """Embed every image of a split once.
-
-    The actors take a GPU each where one is free, else CPUs: as many as the cluster spares, at least one.
 
     Args:
         weights: file or URI of the model's state; None embeds with the weights that training starts from.
         config: its model, image size, precision and batch size.
         split: what to embed; an image's id is its place in the split, in order of label.
+        num_gpus: actors that embed, on a GPU each; 0 embeds on CPUs, in as many actors as the cluster spares.
         out: folder or URI; receives Parquet files with `id`, `label` and `embedding` (float32 list of length 1).
 
     Returns:
@@ -48,8 +47,7 @@ def embed_split(weights: str | None, config: TrainConfig, split: Split, *, out: 
                 ids = offsets[label] + start + np.arange(len(images))
                 yield {"image": np.stack(images), "id": ids, "label": np.full(len(images), label)}
 
-    free_gpus = int(ray.available_resources().get("GPU", 0))
-    most_actors = free_gpus or max(1, int(ray.cluster_resources()["CPU"]) // 2)
+    most_actors = num_gpus or max(1, int(ray.cluster_resources()["CPU"]) // 2)
     num_shards = len(split.shard_names)
     embedded = (
         ray.data.range(num_shards, override_num_blocks=num_shards)
@@ -58,8 +56,8 @@ def embed_split(weights: str | None, config: TrainConfig, split: Split, *, out: 
             _Embedder,
             fn_constructor_args=(weights, config, most_actors),
             batch_size=config.eval.batch_size,
-            num_cpus=0 if free_gpus else 1,
-            num_gpus=1 if free_gpus else 0,
+            num_cpus=0 if num_gpus else 1,
+            num_gpus=1 if num_gpus else 0,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most_actors),
         )
     )
@@ -77,7 +75,7 @@ class _Embedder:
         from nsl_dist.device import autocast_dtype, use_cpu_threads
         from nsl_dist.model import build_model
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             use_cpu_threads(num_actors)
         self.dtype = autocast_dtype(config.precision, self.device)

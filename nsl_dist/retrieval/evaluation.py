@@ -15,7 +15,9 @@ from nsl_dist.retrieval.metrics import first_match, recall_at_k
 from nsl_dist.retrieval.search import self_retrieval, start_shards
 
 
-def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, out: str) -> dict[str, Any]:
+def evaluate(
+    weights: str | None, config: TrainConfig, manifest: Manifest, *, out: str, num_gpus: int
+) -> dict[str, Any]:
     """Evaluate on the test split, every image querying the rest, with float and with binary embeddings.
 
     Args:
@@ -23,6 +25,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, ou
         config: of the run.
         manifest: of the shards.
         out: folder or URI for the embeddings.
+        num_gpus: GPUs to embed with; 0 embeds on CPUs.
 
     Returns:
         `recall` by kind and K (shares), counts, `seconds` by phase and `images_per_second` of embedding.
@@ -30,7 +33,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, ou
     """
     split = manifest.split("test")
     started = time.monotonic()
-    num_images = embed_split(weights, config, split, out=out)
+    num_images = embed_split(weights, config, split, out=out, num_gpus=num_gpus)
     if num_images != split.num_images:
         raise RuntimeError(f"{out} holds {num_images} embeddings, the test split {split.num_images} images")
     seconds = {"embed": time.monotonic() - started}
@@ -83,8 +86,9 @@ def evaluate_checkpoint(
         Metrics for Ray Train to keep with the checkpoint.
 
     """
-    weights = storage.join(run_dir, checkpoint.path.rpartition("/")[2], "model.pt")
-    results = evaluate(weights, config, manifest, out=storage.join(run_dir, "embeddings", f"step-{step}"))
+    weights = storage.join(run_dir, checkpoint.path.rpartition("/")[2], storage.MODEL_FILE)
+    out = storage.join(run_dir, "embeddings", f"step-{step}")
+    results = evaluate(weights, config, manifest, out=out, num_gpus=0)  # training holds the GPUs
     progress.put({"step": step, "evaluation": results})
     return recall_metrics(results)
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nsl_dist.model import MODEL_FILE
+from nsl_dist.storage import MODEL_FILE
 from nsl_dist.training.step import TrainingStep
 
 
@@ -54,7 +53,7 @@ def load(directory: Path, training: TrainingStep, *, digest: str) -> int:
             f"trains on {digest[:16]} with {num_classes}; choose another --run-name"
         )
     step = int(run["step"])
-    training.begin_phase(step)
+    training.begin_phase(max(step - 1, 0))  # that of the step before, whose optimiser was saved
     optimizer = training.proxies.optimizer
     assert optimizer is not None
     state = _state(training)
@@ -83,8 +82,7 @@ def _state(training: TrainingStep) -> dict[str, Any]:
 
 def _as_one_matrix(local_CD: Tensor, training: TrainingStep) -> Tensor:
     """View this worker's rows as its part of the whole matrix."""
-    if training.group is None:
+    if training.mesh is None:
         return local_CD
-    mesh = init_device_mesh(training.device.type, (dist.get_world_size(training.group),))
     shape = torch.Size((training.proxies.partition.num_classes, local_CD.shape[1]))
-    return DTensor.from_local(local_CD, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+    return DTensor.from_local(local_CD, training.mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))

@@ -63,8 +63,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
     dist.broadcast_object_list(shards, src=0)
     part_size = plan.batch_size // world_size
     batches = iter(shards[rank].iter_torch_batches(batch_size=part_size, prefetch_batches=2, device=device))
-    fetcher = ThreadPoolExecutor(1)
-    upcoming = fetcher.submit(next, batches)
+    first_batch = ThreadPoolExecutor(1).submit(next, batches)
 
     # Imported here, so that the first batches are read and decoded while the model's code loads.
     from nsl_dist.training import checkpoint
@@ -86,9 +85,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
     meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
     for step in range(first_step, schedule.num_steps):
         with meter.waiting():
-            batch = upcoming.result()
-        if step + 1 < schedule.num_steps:
-            upcoming = fetcher.submit(next, batches)
+            batch = first_batch.result() if step == first_step else next(batches)
         assert len(batch["image"]) == part_size, (
             f"step {step}, rank {rank}: {len(batch['image'])} != {part_size} images"
         )

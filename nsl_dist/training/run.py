@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import statistics
 import sys
 import tempfile
 import threading
@@ -16,6 +17,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
@@ -45,6 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     seconds: dict[str, float] = {}
+    config = dataclasses.replace(config, storage=storage.absolute(config.storage))  # the same place for every process
     storage.check_writable(config.storage)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
     cluster.connect(num_cpus=_cpus_needed(config))
@@ -67,21 +70,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _announce(config, manifest, schedule, run_dir, tracked.uri)
     seconds["setup"] = time.monotonic() - started
 
+    num_gpus = config.num_workers if config.device == "cuda" and config.num_workers else 0
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
-            results["untrained"] = evaluate(None, config, manifest, out=storage.join(run_dir, "embeddings", "step-0"))
+            out = storage.join(run_dir, "embeddings", "step-0")
+            results["untrained"] = evaluate(None, config, manifest, out=out, num_gpus=num_gpus)
             tracked.log(recall_metrics(results["untrained"]), step=0)
             print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
 
         started = time.monotonic()
-        weights = _fit(config, manifest, tracked, run_dir, schedule)
+        weights, rates = _fit(config, manifest, tracked, run_dir, schedule)
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        results |= evaluate(
-            weights, config, manifest, out=storage.join(run_dir, "embeddings", f"step-{schedule.num_steps}")
-        )
+        out = storage.join(run_dir, "embeddings", f"step-{schedule.num_steps}")
+        results |= evaluate(weights, config, manifest, out=out, num_gpus=num_gpus)
         tracked.log(recall_metrics(results), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
@@ -91,7 +95,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "mlflow_run_id": tracked.run_id,
             "steps": schedule.num_steps,
             "seconds": seconds,
-            "train_images_per_second": schedule.num_steps * config.data.batch_size / seconds["train"],
+            "train_images_per_second": statistics.median(rates) if rates else None,
             "data": {"digest": manifest.digest, "source": manifest.source, **manifest.splits},
             "config": dataclasses.asdict(config),
         }
@@ -101,8 +105,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             local = Path(directory, "results.json")
             local.write_text(content)
             tracked.finish(status="FINISHED", files=[str(local)])
-    except BaseException:
+    except BaseException as error:
         tracked.finish(status="FAILED", files=[])
+        if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
+            raise RuntimeError(f"run {config.run_name} failed") from error
         raise
     _show_results(results, config, run_dir, tracked.uri)
     return results
@@ -114,7 +120,10 @@ def _settle(config: TrainConfig) -> TrainConfig:
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
     if device == "cpu" and config.model.batch_norm == "sync":
         raise ValueError("--model.batch-norm sync needs GPUs; choose local or frozen")
-    num_workers = config.num_workers or (max(1, gpus) if device == "cuda" else 1)
+    batch_size = config.data.batch_size
+    # Of the cluster's GPUs as many as share the batch evenly.
+    most_workers = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0) if device == "cuda" else 1
+    num_workers = config.num_workers or most_workers
     run_name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = dataclasses.replace(config, device=device, num_workers=num_workers, run_name=run_name)
 
@@ -137,7 +146,10 @@ def _open_data(config: TrainConfig) -> Manifest:
         )
         root = write_products(storage.join(config.storage, "synthetic"))
     cache = storage.join(config.storage, "shards")
-    return open_or_prepare(root, cache=cache, max_undecodable=config.data.max_undecodable)
+    manifest = open_or_prepare(root, cache=cache, max_undecodable=config.data.max_undecodable)
+    if (num_images := manifest.split("test").num_images) < 2:
+        raise ValueError(f"{root}: the test split has {num_images} image, too few for one to be found by another")
+    return manifest
 
 
 def _cpus_needed(config: TrainConfig) -> int:
@@ -147,10 +159,19 @@ def _cpus_needed(config: TrainConfig) -> int:
 
 
 def _check_model(config: TrainConfig) -> None:
-    """Build the model once, before anything is trained; in a task, since torchvision takes long to import."""
+    """Build and run the model once, before anything is trained; in a task, since torchvision takes long to import."""
+    import torch
+
     from nsl_dist.model import build_model
 
-    build_model(config.model, seed=config.seed)
+    model = build_model(config.model, seed=config.seed).eval()
+    try:
+        model(torch.zeros(1, 3, config.data.image_size, config.data.image_size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--model.backbone {config.model.backbone} does not take images of --data.image-size "
+            f"{config.data.image_size}: {error}; give the size that it was made for"
+        ) from error
 
 
 def _open_tracking(config: TrainConfig) -> "TrackedRun":
@@ -199,10 +220,15 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
 
 
-def _fit(config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir: str, schedule: Schedule) -> str:
-    """Train on Ray Train; return where the trained model's state is."""
+def _fit(
+    config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir: str, schedule: Schedule
+) -> tuple[str, list[float]]:
+    """Train on Ray Train; return where the trained model's state is, and the throughputs on the way, images/s."""
     assert config.num_workers is not None
-    progress = Queue(actor_options={"num_cpus": 0})
+    # On the driver's own node: the loss of another one must not take it away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    rates: list[float] = []
     filesystem, path = storage.resolve(storage.join(config.storage, "runs"))
     resources = {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
     trainer = TorchTrainer(
@@ -226,14 +252,14 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir
             ray_remote_kwargs={"num_cpus": 0},
         ),
     )
-    relay = threading.Thread(target=_relay, args=(progress, tracked, schedule), daemon=True)
+    relay = threading.Thread(target=_relay, args=(progress, tracked, schedule, rates), daemon=True)
     relay.start()
     try:
         result = trainer.fit()
     finally:
         progress.put(None)
         relay.join()
-    return storage.join(run_dir, result.checkpoint.path.rpartition("/")[2], "model.pt")
+    return storage.join(run_dir, result.checkpoint.path.rpartition("/")[2], storage.MODEL_FILE), rates
 
 
 def _train_worker(setup: dict[str, Any]) -> None:
@@ -243,15 +269,18 @@ def _train_worker(setup: dict[str, Any]) -> None:
     train_worker(**setup)
 
 
-def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule) -> None:
-    """Show and track what workers and mid-run evaluations report, until a None."""
+def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule, rates: list[float]) -> None:
+    """Show and track what workers and mid-run evaluations report, until a None; collect the throughputs."""
     while (record := progress.get()) is not None:
         step = record.pop("step")
         if "evaluation" in record:
             print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
             tracked.log(recall_metrics(record["evaluation"]), step=step)
             continue
-        left = record.pop("seconds_left", None)
+        if (
+            left := record.pop("seconds_left", None)
+        ) is not None:  # not the first step, which waits for the first batch
+            rates.append(record["images_per_second"])
         epoch = (step - 1) // schedule.steps_per_epoch + 1
         print(
             f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
@@ -283,6 +312,6 @@ def _show_results(results: dict[str, Any], config: TrainConfig, run_dir: str, tr
         for kind, by_k in result["recall"].items():
             print(f"{f'{name} {kind}'.strip():20}" + "".join(f"{100 * share:8.2f}" for share in by_k.values()))
     seconds = ", ".join(f"{phase} {_duration(value)}" for phase, value in results["seconds"].items())
-    print(f"{seconds}; {results['train_images_per_second']:.0f} training images/s")
+    print(f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s")
     print(f"results: {run_dir}/results.json")
     print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}", flush=True)

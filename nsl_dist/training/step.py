@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from nsl_dist.config import TrainConfig
@@ -24,6 +25,7 @@ class TrainingStep:
     Attributes:
         model: the bare embedding model.
         proxies: this worker's part of the class-proxy matrix.
+        mesh: the workers as torch.distributed.tensor names them; None for one alone.
         optimizer: of the model's trainable parameters; None where the phase trains the proxies alone.
         schedule: phases and learning rates.
 
@@ -43,6 +45,7 @@ class TrainingStep:
         self.config = config
         self.device = device
         self.group = group if world_size > 1 else None
+        self.mesh = DeviceMesh.from_group(self.group, device.type) if self.group is not None else None
         self.schedule = Schedule(config.optim, steps_per_epoch)
         self.dtype = autocast_dtype(config.precision, device)
         self.model = build_model(config.model, seed=config.seed).to(device)

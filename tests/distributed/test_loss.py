@@ -31,7 +31,7 @@ def sampled_classes(labels: np.ndarray, num_classes: int, sample_rate: float, st
     for rank in range(world_size):
         part = Partition(num_classes, rank, world_size)
         mine = labels[(labels >= part.start) & (labels < part.stop)] - part.start
-        rng = np.random.default_rng((0, step, rank))
+        rng = np.random.default_rng((0, step, 2 + rank))
         drawn.append(part.start + sample_rows(mine, num_rows=part.num_rows, sample_rate=sample_rate, rng=rng))
     return np.concatenate(drawn)
 
