@@ -1,5 +1,6 @@
 """The main job as its user runs it: raw images in, trained model, results and MLflow run out."""
 
+import contextlib
 import json
 import os
 import socket
@@ -45,10 +46,11 @@ def job(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray head started by hand on loopback, with a dashboard that takes jobs; its address and environment."""
     directory = tmp_path_factory.mktemp("head")
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    with contextlib.ExitStack() as free:
+        sockets = [free.enter_context(socket.socket()) for _ in range(3)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        port, dashboard, agent = (each.getsockname()[1] for each in sockets)
     token = directory / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     environment = without_cluster() | {
@@ -57,16 +59,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }
-    flags = [f"--port={port}", "--num-cpus=5", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", *flags]
+    # The agent takes the jobs; its usual port is that of other Rays on this machine too.
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    addresses = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=5", *addresses, *ports]
     with (directory / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and not _listens(dashboard) and time.monotonic() < deadline:
+        while process.poll() is None and not (_listens(dashboard) and _listens(agent)):
+            assert time.monotonic() < deadline, (directory / "head.log").read_text()
             time.sleep(0.5)
         assert process.poll() is None, (directory / "head.log").read_text()
-        assert _listens(dashboard)
         yield f"http://127.0.0.1:{dashboard}", environment
     finally:
         process.terminate()
@@ -90,13 +94,7 @@ def finished(
         "--proxies.sample-rate=0.5", "--eval.every=1", "--eval.untrained", "--eval.num-shards=3", "--checkpoint.keep=1",
     ]  # fmt: skip
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
-    deadline = time.monotonic() + 120
-    while True:
-        done = run(*submit, "jobs/train_sop.py", *flags, environment=environment)
-        # A head takes jobs some seconds after its dashboard answers, and says so.
-        if "No available agent to submit job" not in done.stderr + done.stdout or time.monotonic() > deadline:
-            break
-        time.sleep(2)
+    done = run(*submit, "jobs/train_sop.py", *flags, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return storage, done.stdout
 
