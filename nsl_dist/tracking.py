@@ -84,10 +84,12 @@ class TrackedRun:
         now = int(time.time() * 1000)
         self._client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
-    def finish(self, *, status: str, files: list[str]) -> None:
-        """Log local files as artifacts and end the run as FINISHED or FAILED."""
-        for file in files:
-            self._client.log_artifact(self.run_id, file)
+    def log_file(self, name: str, content: str) -> None:
+        """Log a text as an artifact."""
+        self._client.log_text(self.run_id, content, name)
+
+    def finish(self, *, status: str) -> None:
+        """End the run as FINISHED or FAILED."""
         self._client.set_terminated(self.run_id, status)
 
 

@@ -16,7 +16,7 @@ from nsl_dist.retrieval.search import self_retrieval, start_shards
 
 
 def evaluate(
-    weights: str | None, config: TrainConfig, manifest: Manifest, *, out: str, num_gpus: int
+    weights: str | None, config: TrainConfig, manifest: Manifest, *, run_dir: str, step: int, num_gpus: int
 ) -> dict[str, Any]:
     """Evaluate on the test split, every image querying the rest, with float and with binary embeddings.
 
@@ -24,7 +24,8 @@ def evaluate(
         weights: file or URI of the model's state; None evaluates the weights that training starts from.
         config: of the run.
         manifest: of the shards.
-        out: folder or URI for the embeddings.
+        run_dir: folder or URI of the run; the embeddings go to `embeddings/step-STEP` below it.
+        step: iterations that the model was trained for.
         num_gpus: GPUs to embed with; 0 embeds on CPUs.
 
     Returns:
@@ -32,6 +33,7 @@ def evaluate(
 
     """
     split = manifest.split("test")
+    out = storage.join(run_dir, "embeddings", f"step-{step}")
     started = time.monotonic()
     num_images = embed_split(weights, config, split, out=out, num_gpus=num_gpus)
     if num_images != split.num_images:
@@ -86,11 +88,15 @@ def evaluate_checkpoint(
         Metrics for Ray Train to keep with the checkpoint.
 
     """
-    weights = storage.join(run_dir, checkpoint.path.rpartition("/")[2], storage.MODEL_FILE)
-    out = storage.join(run_dir, "embeddings", f"step-{step}")
-    results = evaluate(weights, config, manifest, out=out, num_gpus=0)  # training holds the GPUs
+    weights = model_location(checkpoint, run_dir)
+    results = evaluate(weights, config, manifest, run_dir=run_dir, step=step, num_gpus=0)  # training holds the GPUs
     progress.put({"step": step, "evaluation": results})
     return recall_metrics(results)
+
+
+def model_location(checkpoint: Any, run_dir: str) -> str:
+    """Return the path or URI of the model's state in a `ray.train.Checkpoint` of a run."""
+    return storage.join(run_dir, checkpoint.path.rpartition("/")[2], storage.MODEL_FILE)
 
 
 def recall_metrics(results: dict[str, Any]) -> dict[str, float]:

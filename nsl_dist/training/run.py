@@ -6,7 +6,6 @@ import json
 import logging
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, open_or_prepare
 from nsl_dist.data.synthetic import write_products
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, recall_metrics
+from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, model_location, recall_metrics
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
-            out = storage.join(run_dir, "embeddings", "step-0")
-            results["untrained"] = evaluate(None, config, manifest, out=out, num_gpus=num_gpus)
+            results["untrained"] = evaluate(None, config, manifest, run_dir=run_dir, step=0, num_gpus=num_gpus)
             tracked.log(recall_metrics(results["untrained"]), step=0)
             print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
 
@@ -84,8 +82,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        out = storage.join(run_dir, "embeddings", f"step-{schedule.num_steps}")
-        results |= evaluate(weights, config, manifest, out=out, num_gpus=num_gpus)
+        results |= evaluate(weights, config, manifest, run_dir=run_dir, step=schedule.num_steps, num_gpus=num_gpus)
         tracked.log(recall_metrics(results), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
@@ -101,12 +98,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         }
         content = json.dumps(results, indent=1)
         storage.write_bytes(storage.join(run_dir, "results.json"), content.encode())
-        with tempfile.TemporaryDirectory() as directory:
-            local = Path(directory, "results.json")
-            local.write_text(content)
-            tracked.finish(status="FINISHED", files=[str(local)])
+        tracked.log_file("results.json", content)
+        tracked.finish(status="FINISHED")
     except BaseException as error:
-        tracked.finish(status="FAILED", files=[])
+        tracked.finish(status="FAILED")
         if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
             raise RuntimeError(f"run {config.run_name} failed") from error
         raise
@@ -259,7 +254,7 @@ def _fit(
     finally:
         progress.put(None)
         relay.join()
-    return storage.join(run_dir, result.checkpoint.path.rpartition("/")[2], storage.MODEL_FILE), rates
+    return model_location(result.checkpoint, run_dir), rates
 
 
 def _train_worker(setup: dict[str, Any]) -> None:
