@@ -83,17 +83,36 @@ class ProxyConfig:
 
     sample_rate: float = 1.0
     """Share of the classes that take part in each iteration, in (0, 1]; those of the batch always do."""
+    num_sampled: int | None = None
+    """Number of classes that take part in each iteration, over all workers; None: --proxies.sample-rate says."""
+    correct_sampling: bool = False
+    """Let the sampled classes stand for the others in the softmax, so that the expected normaliser is that of all."""
     temperature: float = 0.05
     """Sigma of the Normalized Softmax Loss."""
+    optimizer: Literal["sgd", "adagrad"] = "sgd"
+    """sgd: exact to SGD with momentum and weight decay over the whole matrix; adagrad: row-wise, one number of state
+    for each class instead of a second matrix."""
     lr_scale: float = 1.0
     """Learning rate of the proxies as a multiple of the backbone's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What proxies and momentum are kept in; bfloat16 is rounded stochastically. The loss is float32 in any case."""
+    placement: Literal["device", "host", "disk"] = "device"
+    """Where they are kept: with the model; in host memory, only sampled proxies travel; in a memory-mapped file."""
+    directory: str | None = None
+    """Folder on the workers for the file of --proxies.placement disk. None: that for temporary files."""
+    memory: float = 1.0
+    """GiB for proxies and logits of an iteration; where they do not fit they are computed twice, in parts that do."""
 
     def __post_init__(self) -> None:
         _require(0 < self.sample_rate <= 1, f"--proxies.sample-rate {self.sample_rate} must be in (0, 1]; 1 is all")
         _require(
+            self.num_sampled is None or self.num_sampled >= 1, f"--proxies.num-sampled {self.num_sampled} must be >= 1"
+        )
+        _require(
             self.temperature >= 0.0137, f"--proxies.temperature {self.temperature} must be at least 0.0137 (float32)"
         )
         _require(self.lr_scale > 0, f"--proxies.lr-scale {self.lr_scale} must be positive")
+        _require(self.memory > 0, f"--proxies.memory {self.memory} must be positive")
 
 
 @dataclass(frozen=True)

@@ -1,113 +1,219 @@
 """One worker's part of the class-proxy matrix: its rows, their sampling, loss and update in one place."""
 
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nsl_dist.proxies.optimizer import DeferredSGD
+from nsl_dist.config import ProxyConfig
+from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.proxies.sampling import sample_rows
-from nsl_dist.proxies.softmax import normalized_softmax_loss
+from nsl_dist.proxies.softmax import SampledProxies, normalized_softmax_loss, split_into_chunks
+from nsl_dist.proxies.table import Table
 
-ROWS_PER_SEED = 4096
-
-
-def initial_rows(partition: Partition, dim: int, *, seed: int) -> Tensor:
-    """Draw a partition's rows from U(-1/sqrt(D), 1/sqrt(D)) (paper, section 4.1), the same for any number of workers.
-
-    Returns:
-        float32 `[partition.num_rows, dim]`.
-
-    """
-    rows_CD = torch.empty(partition.num_rows, dim)
-    bound = dim**-0.5
-    for block in range(partition.start // ROWS_PER_SEED, -(-partition.stop // ROWS_PER_SEED)):
-        block_seed = int(np.random.SeedSequence((seed, block)).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(block_seed)
-        first, last = block * ROWS_PER_SEED, (block + 1) * ROWS_PER_SEED
-        start, stop = max(first, partition.start), min(last, partition.stop)
-        drawn = torch.empty(ROWS_PER_SEED, dim).uniform_(-bound, bound, generator=generator)
-        rows_CD[start - partition.start : stop - partition.start] = drawn[start - first : stop - first]
-    return rows_CD
+# On a CPU the proxies of a chunk, their gradients and logits stay in the cache while one operation follows the other.
+CPU_CHUNK_BYTES = 8 * 2**20
 
 
 class ProxyMatrix:
     """This worker's part of the class-proxy matrix, its optimiser and the loss against it.
 
-    Use, once a step and in this order: `loss`, `backward()` on what it returns, `step`.
+    Use, once a step: `loss`, then `backward()` on what it returns, which also updates the proxies. `prefetch` in
+    between steps gets the next one's ready.
+
+    Attributes:
+        partition: the classes of this worker.
+        weight: their proxies.
+        optimizer: None until `start_optimizer`.
+
     """
 
     def __init__(
         self,
         partition: Partition,
         dim: int,
+        config: ProxyConfig,
         *,
-        seed: int,
-        temperature: float,
-        sample_rate: float,
+        seed: int = 0,
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        """Draw the proxies from U(-1/sqrt(D), 1/sqrt(D)) (paper, section 4.1), the same for any number of workers.
+
+        Raises:
+            ValueError: the matrix does not fit where the configuration puts it.
+
+        """
         self.partition = partition
+        self.config = config
         self.seed = seed
-        self.temperature = temperature
-        self.sample_rate = sample_rate
         self.group = group
-        self.weight_CD = initial_rows(partition, dim, seed=seed).to(device)
-        self.optimizer: DeferredSGD | None = None
+        self.weight = Table(
+            partition,
+            dim,
+            dtype=getattr(torch, config.dtype),
+            placement=config.placement,
+            device=device,
+            directory=config.directory,
+            seed=seed,
+            initial_bound=dim**-0.5,
+        )
+        self.optimizer: DeferredSGD | RowwiseAdagrad | None = None
+        self._unchecked: tuple[int, Tensor] | None = None
+        self._prefetched: Future[SampledProxies] | None = None
+        # The CPU's own proxies are where they are needed; drawing them beside the model's work would only slow that.
+        self._background = ThreadPoolExecutor(1) if self.weight.device.type == "cuda" else None
 
-    def start_optimizer(self, *, momentum: float, weight_decay: float) -> None:
-        """Begin with a fresh optimiser, all rows first brought up to date with the one before."""
+    @property
+    def num_sampled(self) -> int:
+        """Classes of this worker that take part in an iteration, if the batch has no more."""
+        num_rows, num_classes = self.partition.num_rows, self.partition.num_classes
+        if self.config.num_sampled is None:
+            return math.ceil(self.config.sample_rate * num_rows)
+        return -(-min(self.config.num_sampled, num_classes) * num_rows // num_classes)
+
+    def start_optimizer(self, *, momentum: float, weight_decay: float, step: int) -> None:
+        """Begin with a fresh optimiser at `step`, all rows first brought up to date with the one before."""
+        self._drop_prefetched()
         if self.optimizer is not None:
-            self.optimizer.catch_up_all()
-        self.optimizer = DeferredSGD(self.weight_CD, momentum=momentum, weight_decay=weight_decay)
+            self.optimizer.catch_up(step=step)
+            self.optimizer = None  # frees its memory before the next one takes as much
+        if self.config.optimizer == "sgd":
+            self.optimizer = DeferredSGD(self.weight, momentum=momentum, weight_decay=weight_decay)
+        else:
+            self.optimizer = RowwiseAdagrad(self.weight, weight_decay=weight_decay)
 
-    def loss(self, embeddings_bD: Tensor, labels_B: NDArray[np.int64], *, step: int) -> Tensor:
+    def prefetch(self, labels_B: NDArray[np.int64], *, step: int) -> None:
+        """Draw the classes of the next step and fetch their proxies while the device works; `loss` then finds them.
+
+        Does nothing where the CPU is the device.
+        """
+        if self._background is not None:
+            self._prefetched = self._background.submit(self._sample, labels_B, step=step)
+
+    def loss(self, embeddings_bD: Tensor, labels_B: NDArray[np.int64], *, step: int, lr: float) -> Tensor:
         """Return the loss of the global batch over the classes sampled for this step.
+
+        `backward()` on it updates their proxies with learning rate `lr`.
 
         Args:
             embeddings_bD: this worker's embeddings.
             labels_B: the classes of the global batch in rank order, the same on every worker; the plan knows them, so
                 that no collective is spent on them.
-            step: seeds the sampling, with this worker's rank.
+            step: of the run; seeds the sampling, with this worker's rank.
+            lr: learning rate of the proxies.
 
         Raises:
-            ValueError: a label is outside [0, num_classes).
+            ValueError: a label is outside [0, num_classes), or the labels are not those of the global batch.
+            FloatingPointError: embeddings or proxies are not finite; on a GPU, those of the step before.
 
         """
+        self._check_finite()
+        world_size = self.partition.world_size
+        if len(labels_B) != world_size * len(embeddings_bD):
+            raise ValueError(
+                f"{len(labels_B)} labels in step {step}, expected those of the global batch: {world_size} workers x "
+                f"{len(embeddings_bD)} images = {world_size * len(embeddings_bD)}"
+            )
+        if self._prefetched is not None:
+            proxies, self._prefetched = self._prefetched.result(), None
+            assert proxies.step == step, f"prefetched for step {proxies.step}, not {step}"
+        else:
+            proxies = self._sample(labels_B, step=step)
+        if not embeddings_bD.requires_grad:  # the proxies are still to be trained
+            embeddings_bD = embeddings_bD.detach().requires_grad_(torch.is_grad_enabled())
+        loss, finite_2B = normalized_softmax_loss(
+            embeddings_bD, proxies, lr=lr, temperature=self.config.temperature, group=self.group
+        )
+        self._unchecked = (step, finite_2B)
+        if self.weight.device.type == "cpu":  # a GPU is left to work on, and asked when it has long been done
+            self._check_finite()
+        return loss
+
+    def complete(self, *, step: int) -> dict[str, Tensor]:
+        """Bring every row up to date with the steps before `step`; return `state`."""
+        assert self.optimizer is not None
+        self._check_finite()
+        self._drop_prefetched()
+        self.weight.make_all()
+        self.optimizer.catch_up(step=step)
+        return self.state()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return this worker's rows of everything that a checkpoint keeps, by name; tensors over the very memory."""
+        assert self.optimizer is not None
+        return {"weight": self.weight.values, **self.optimizer.state}
+
+    def declare_loaded(self) -> None:
+        """Go on with what was written into the tensors of `state`."""
+        assert self.optimizer is not None
+        self._drop_prefetched()
+        self.weight.declare_made()
+        self.optimizer.declare_current()
+
+    def _drop_prefetched(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched.result()  # it reads what is about to be written
+            self._prefetched = None
+
+    def _sample(self, labels_B: NDArray[np.int64], *, step: int) -> SampledProxies:
         assert self.optimizer is not None, "start_optimizer comes first"
-        partition = self.partition
+        partition, weight = self.partition, self.weight
         if labels_B.min() < 0 or labels_B.max() >= partition.num_classes:
             raise ValueError(
                 f"labels span {labels_B.min()} to {labels_B.max()} in step {step}, but there are "
                 f"{partition.num_classes} classes; the plan and the shards belong to different data"
             )
-        mine_B = (labels_B >= partition.start) & (labels_B < partition.stop)
+        positives = np.unique(labels_B[(labels_B >= partition.start) & (labels_B < partition.stop)]) - partition.start
         # numpy takes (seed, step, 0) for (seed, step), the plan's own stream, and 1 is the augmentation's.
         rng = np.random.default_rng((self.seed, step, 2 + partition.rank))
-        rows = sample_rows(
-            labels_B[mine_B] - partition.start, num_rows=partition.num_rows, sample_rate=self.sample_rate, rng=rng
-        )
-        columns_B = np.full(len(labels_B), -1)
-        columns_B[mine_B] = np.searchsorted(rows, labels_B[mine_B] - partition.start)
+        num_others = partition.num_rows - len(positives)
+        num_sampled = self.num_sampled
+        if self.config.correct_sampling:
+            num_sampled = max(num_sampled, len(positives) + min(1, num_others))  # someone must stand for the rest
+        rows = sample_rows(positives, num_rows=partition.num_rows, num_sampled=num_sampled, rng=rng)
+        correct = self.config.correct_sampling and len(positives) < len(rows) < partition.num_rows
 
-        device = self.weight_CD.device
-        self._rows = torch.from_numpy(rows).to(device, non_blocking=True)
-        self.optimizer.catch_up(self._rows)
-        # A leaf of its own: `weight[rows]` inside autograd would make a dense gradient as large as the matrix.
-        self._sampled_SD = self.weight_CD[self._rows].requires_grad_()
-        return normalized_softmax_loss(
-            embeddings_bD,
-            self._sampled_SD,
-            torch.from_numpy(columns_B).to(device, non_blocking=True),
-            temperature=self.temperature,
-            group=self.group,
+        bytes_per_row = self.optimizer.bytes_per_row + 4 * len(labels_B)
+        budget = int(self.config.memory * 2**30)
+        keep = len(rows) * bytes_per_row <= budget
+        chunk_bytes = min(budget, CPU_CHUNK_BYTES) if weight.device.type == "cpu" else budget
+        chunks = split_into_chunks(
+            rows,
+            labels_B - partition.start,
+            rows_at_once=max(1, chunk_bytes // bytes_per_row),
+            multiplicity=num_others / (len(rows) - len(positives)) if correct else None,
+            table_device=weight.values.device,
+            device=weight.device,
         )
+        proxies = SampledProxies(chunks, self.optimizer, step, keep)
+        if keep and weight.values.device != weight.device:
+            proxies.prefetched = [self.optimizer.read(chunk.rows) for chunk in chunks]
+        return proxies
 
-    def step(self, *, lr: float) -> None:
-        """Update the rows of the last `loss` by their gradient."""
-        assert self.optimizer is not None
-        assert self._sampled_SD.grad is not None, "backward comes before step"
-        self.optimizer.step(self._rows, self._sampled_SD.grad, lr=lr)
+    def _check_finite(self) -> None:
+        if self._unchecked is None:
+            return
+        (step, finite_2B), self._unchecked = self._unchecked, None
+        if bool(finite_2B.all()):
+            return
+        embeddings_B = finite_2B[0].cpu().numpy()
+        if embeddings_B.all():
+            raise FloatingPointError(
+                f"step {step}: class proxies are nan or infinite although all embeddings are finite; lower --optim.lr "
+                "or --proxies.lr-scale, and go on from the last checkpoint"
+            )
+        images = np.flatnonzero(~embeddings_B)
+        per_worker = len(embeddings_B) // self.partition.world_size
+        ranks, counts = np.unique(images // per_worker, return_counts=True)
+        blame = ", ".join(
+            f"{count} of the {per_worker} of worker {rank}" for rank, count in zip(ranks, counts, strict=True)
+        )
+        raise FloatingPointError(
+            f"step {step}: embeddings are nan or infinite: {blame}; lower --optim.lr, or look at these images"
+        )

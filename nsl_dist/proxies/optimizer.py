@@ -1,75 +1,177 @@
-"""Updates of the sampled rows only, exact to the dense optimiser.
+"""Updates of the sampled rows only.
 
-Dense SGD with momentum and weight decay also moves the rows without a gradient, all by the same 2x2 map of (weight,
-velocity), which depends on learning rate, momentum and weight decay alone. A row that is not drawn is left alone, and
-the product of the maps that it missed is applied when it is drawn again.
+`DeferredSGD` is exact to the dense optimiser. Dense SGD with momentum and weight decay also moves the rows without a
+gradient, all by the same 2x2 map of (weight, velocity), which depends on learning rate, momentum and weight decay
+alone. A row that is not drawn is left alone, and the product of the maps that it missed is applied when it is drawn
+again.
+
+`RowwiseAdagrad` needs one number of state for each class instead of a second matrix.
+
+Both work on the rows of one chunk at a time: `read` them, `update` them with their gradients, and after the last chunk
+of a step, `finish_step`.
 """
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from nsl_dist.proxies.table import Rows, Table
 
 
 class DeferredSGD:
     """`torch.optim.SGD` with momentum and weight decay for a matrix of which each step reads and writes a few rows.
 
-    Call `catch_up` for the rows of a step before reading them, `step` with their gradients, and `catch_up` for all rows
-    before reading the whole matrix.
-
     Attributes:
-        velocity_CD: the momentum buffer.
-        step_of_C: for each row, the step up to which `weight_CD` and `velocity_CD` hold it.
-        num_steps: steps taken.
+        weight: the rows.
+        velocity: their momentum buffer.
 
     """
 
-    # Products of the maps from each of the last HISTORY steps to now are kept: 32 bytes each, brought forward by one
-    # 2x2 multiplication a step. When the table is full every row is brought up to date, once in HISTORY steps.
-    HISTORY = 1024
-    ROWS_AT_ONCE = 65536
-
-    def __init__(self, weight_CD: Tensor, *, momentum: float, weight_decay: float) -> None:
-        self.weight_CD = weight_CD
+    def __init__(self, weight: Table, *, momentum: float, weight_decay: float) -> None:
+        self.weight = weight
+        self.velocity = weight.zeros_beside(weight.values.shape[1], dtype=weight.values.dtype)
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.velocity_CD = torch.zeros_like(weight_CD)
-        self.step_of_C = torch.zeros(len(weight_CD), dtype=torch.int64, device=weight_CD.device)
-        self.num_steps = 0
-        self._history_start = 0
-        self._products: NDArray[np.float64] = np.eye(2)[None]  # [i]: from step _history_start + i to now
+        self.declare_current()
 
-    def catch_up(self, rows: Tensor) -> None:
-        """Bring rows (int64, distinct) up to date with the steps in which they were not drawn."""
-        for chunk in rows.split(self.ROWS_AT_ONCE):
-            behind = chunk[self.step_of_C[chunk] < self.num_steps]
-            if len(behind) == 0:
-                continue
-            table = torch.from_numpy(self._products).to(self.weight_CD)
-            maps_S22 = table[self.step_of_C[behind] - self._history_start]
-            weight_SD, velocity_SD = self.weight_CD[behind], self.velocity_CD[behind]
-            self.weight_CD[behind] = maps_S22[:, 0, :1] * weight_SD + maps_S22[:, 0, 1:] * velocity_SD
-            self.velocity_CD[behind] = maps_S22[:, 1, :1] * weight_SD + maps_S22[:, 1, 1:] * velocity_SD
-            self.step_of_C[behind] = self.num_steps
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the weights."""
+        return {"velocity": self.velocity.values}
 
-    def catch_up_all(self) -> None:
-        """Bring every row up to date and forget the history."""
-        for chunk in torch.arange(len(self.weight_CD), device=self.weight_CD.device).split(self.ROWS_AT_ONCE):
-            self.catch_up(chunk)
-        self._history_start = self.num_steps
-        self._products = np.eye(2)[None]
+    @property
+    def bytes_per_row(self) -> int:
+        """What `read` returns for one row."""
+        return 8 * self.weight.values.shape[1]
 
-    def step(self, rows: Tensor, grad_SD: Tensor, *, lr: float) -> None:
-        """Take one step: `grad_SD` for `rows` (distinct, caught up), zero for all others."""
-        velocity_SD = self.velocity_CD[rows].mul_(self.momentum).add_(grad_SD)
-        velocity_SD.add_(self.weight_CD[rows], alpha=self.weight_decay)
-        self.velocity_CD[rows] = velocity_SD
-        self.weight_CD.index_add_(0, rows, velocity_SD, alpha=-lr)
-        self.num_steps += 1
-        self.step_of_C[rows] = self.num_steps
+    def declare_current(self) -> None:
+        """Take weights and velocities as up to date, for example from a checkpoint."""
+        device = self.weight.values.device
+        self._num_steps = 0  # since all rows were up to date
+        self._step_of_C = torch.zeros(self.weight.partition.num_rows, dtype=torch.int32, device=device)
+        self._all_current = True
+        self._missed = _MapProducts(device)
 
-        decay, momentum = self.weight_decay, self.momentum
-        without_gradient = np.array([[1 - lr * decay, -lr * momentum], [decay, momentum]])
-        self._products = np.concatenate([without_gradient @ self._products, np.eye(2)[None]])
-        if len(self._products) > self.HISTORY:
-            self.catch_up_all()
+    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return weights and velocities, float32 `[S, D]` on the device, up to date with the steps so far."""
+        weight_SD, velocity_SD = self.weight.read(rows), self.velocity.read(rows)
+        if self._all_current:
+            return weight_SD, velocity_SD
+        maps_22S1 = self._missed.since(self._step_of_C[rows]).to(weight_SD)[..., None]
+        return (
+            torch.mul(weight_SD, maps_22S1[0, 0]).addcmul_(velocity_SD, maps_22S1[0, 1]),
+            torch.mul(weight_SD, maps_22S1[1, 0]).addcmul_(velocity_SD, maps_22S1[1, 1]),
+        )
+
+    def update(self, rows: Rows, read: tuple[Tensor, Tensor], grad_SD: Tensor, *, lr: float, step: int) -> None:
+        """Write rows that `read` returned, moved by their gradient."""
+        weight_SD, velocity_SD = read
+        torch.add(grad_SD, velocity_SD, alpha=self.momentum, out=velocity_SD)
+        velocity_SD.add_(weight_SD, alpha=self.weight_decay)
+        weight_SD.add_(velocity_SD, alpha=-lr)
+        self.weight.write(rows, weight_SD, stream=4 * step + 1)
+        self.velocity.write(rows, velocity_SD, stream=4 * step + 2)
+        self._step_of_C[rows] = self._num_steps + 1
+
+    def finish_step(self, num_updated: int, *, lr: float) -> None:
+        """End a step that updated `num_updated` rows; for the others it goes on record."""
+        self._num_steps += 1
+        self._all_current = self._all_current and num_updated == self.weight.partition.num_rows
+        self._missed.append([[1 - lr * self.weight_decay, -lr * self.momentum], [self.weight_decay, self.momentum]])
+
+    def catch_up(self, *, step: int) -> None:
+        """Bring every row up to date with the steps before `step`."""
+        if not self._all_current:
+            for rows in self.weight.parts():
+                weight_SD, velocity_SD = self.read(rows)
+                self.weight.write(rows, weight_SD, stream=4 * step + 3)
+                self.velocity.write(rows, velocity_SD, stream=4 * step + 4)
+        self.declare_current()
+
+
+class RowwiseAdagrad:
+    """Adagrad with one accumulator for each row: the mean square of its gradients (Gupta et al. 2014, section 3.1).
+
+    Weight decay acts on the rows of a step only.
+
+    Attributes:
+        weight: the rows.
+        accumulator: `[C, 1]`, float32.
+
+    """
+
+    EPSILON = 1e-10
+
+    def __init__(self, weight: Table, *, weight_decay: float) -> None:
+        self.weight = weight
+        self.accumulator = weight.zeros_beside(1, dtype=torch.float32)
+        self.weight_decay = weight_decay
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the weights."""
+        return {"accumulator": self.accumulator.values}
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What `read` returns for one row."""
+        return 4 * self.weight.values.shape[1] + 4
+
+    def declare_current(self) -> None:
+        """Rows without a gradient do not move."""
+
+    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return weights `[S, D]` and accumulators `[S, 1]`, float32 on the device."""
+        return self.weight.read(rows), self.accumulator.read(rows)
+
+    def update(self, rows: Rows, read: tuple[Tensor, Tensor], grad_SD: Tensor, *, lr: float, step: int) -> None:
+        """Write rows that `read` returned, moved by their gradient."""
+        weight_SD, accumulator_S1 = read
+        grad_SD = grad_SD.add(weight_SD, alpha=self.weight_decay)
+        accumulator_S1 += grad_SD.square().mean(dim=1, keepdim=True)
+        weight_SD.addcdiv_(grad_SD, accumulator_S1.sqrt() + self.EPSILON, value=-lr)
+        self.weight.write(rows, weight_SD, stream=4 * step + 1)
+        self.accumulator.write(rows, accumulator_S1, stream=4 * step + 2)
+
+    def finish_step(self, num_updated: int, *, lr: float) -> None:
+        """Rows without a gradient do not move."""
+
+    def catch_up(self, *, step: int) -> None:
+        """Rows without a gradient do not move."""
+
+
+class _MapProducts:
+    """Products of the 2x2 maps from each past step to now, in two levels and float64.
+
+    Steps are gathered in blocks. For every step there is the product up to the end of its block, for every block the
+    one from its end to now: a new step changes the products of one block and one for each block before. No product is
+    ever divided by another: their determinant, momentum^steps, vanishes. 32 bytes a step.
+    """
+
+    STEPS_PER_BLOCK = 1024
+
+    def __init__(self, device: torch.device) -> None:
+        self._identity = torch.eye(2, dtype=torch.float64, device=device)[:, :, None]
+        self._within = self._identity.repeat(1, 1, self.STEPS_PER_BLOCK)
+        self._after = self._identity
+        self._num_steps = 0
+
+    def append(self, new_map: list[list[float]]) -> None:
+        """Bring all products forward by one step."""
+        new = torch.tensor(new_map, dtype=torch.float64).to(self._within.device)
+        block = self._num_steps // self.STEPS_PER_BLOCK
+        for products in (
+            self._within[:, :, block * self.STEPS_PER_BLOCK : self._num_steps + 1],
+            self._after[:, :, :block],
+        ):
+            products.copy_((new @ products.flatten(1)).view_as(products))
+        self._num_steps += 1
+        if self._num_steps % self.STEPS_PER_BLOCK == 0:
+            self._within = torch.cat([self._within, self._identity.repeat(1, 1, self.STEPS_PER_BLOCK)], dim=2)
+            self._after = torch.cat([self._after, self._identity], dim=2)
+
+    def since(self, steps_S: Tensor) -> Tensor:
+        """Return the products `[2, 2, S]` from steps `[S]` to now."""
+        steps_S = steps_S.long()
+        after_22S = self._after[:, :, steps_S // self.STEPS_PER_BLOCK]
+        within_22S = self._within[:, :, steps_S]
+        return (after_22S[:, :, None] * within_22S).sum(dim=1)

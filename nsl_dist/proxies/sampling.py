@@ -6,31 +6,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def draw_distinct(size: int, num_values: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw `size` distinct integers of [0, num_values), ascending, in O(size log size).
+
+    Every such set is equally likely.
+    """
+    if size > num_values // 2:
+        keep = np.ones(num_values, dtype=bool)
+        keep[draw_distinct(num_values - size, num_values, rng)] = False
+        return np.flatnonzero(keep)
+    drawn = np.empty(0, dtype=np.int64)
+    while len(drawn) < size:
+        # About as many draws with replacement as give the missing ones. The order in which values came plays no
+        # part, so that every set of len(drawn) values is as likely as another, and so is every part of it.
+        missing = size - len(drawn)
+        num_draws = math.ceil(-(num_values - len(drawn)) * math.log1p(-missing / (num_values - len(drawn)))) + 16
+        drawn = np.unique(np.concatenate([drawn, rng.integers(num_values, size=num_draws)]))
+    surplus = rng.choice(len(drawn), len(drawn) - size, replace=False)
+    return np.delete(drawn, surplus)
+
+
 def sample_rows(
-    positives: NDArray[np.int64], *, num_rows: int, sample_rate: float, rng: np.random.Generator
+    positives: NDArray[np.int64], *, num_rows: int, num_sampled: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Draw the rows of one worker's partition that take part in one iteration.
 
-    The classes of the batch are always kept; classes drawn without replacement from the others fill the budget of
-    `ceil(sample_rate * num_rows)` rows (paper, class sampling).
+    The classes of the batch are always kept; classes drawn without replacement from the others fill the budget (paper,
+    class sampling). The cost depends on the budget, not on the number of classes.
 
     Args:
-        positives: rows of this partition that have an image in the global batch; repeats are allowed.
+        positives: rows of this partition that have an image in the global batch, ascending and distinct.
         num_rows: rows of this partition.
-        sample_rate: share of the rows to keep, in (0, 1]; 1 keeps all.
+        num_sampled: the budget, at most `num_rows`.
         rng: seeded by (seed, step, rank).
 
     Returns:
-        The rows, ascending and distinct: max(budget, number of distinct positives) of them.
+        The rows, ascending and distinct: max(num_sampled, number of positives) of them.
 
     """
-    if sample_rate == 1.0:
+    if num_sampled == num_rows:
         return np.arange(num_rows)
-    kept = np.unique(positives)
-    num_negatives = math.ceil(sample_rate * num_rows) - len(kept)
+    num_negatives = num_sampled - len(positives)
     if num_negatives <= 0:
-        return kept
+        return positives
     # The i-th row that is no positive is i plus the number of positives before it.
-    drawn = rng.choice(num_rows - len(kept), size=num_negatives, replace=False, shuffle=False)
-    negatives = drawn + np.searchsorted(kept - np.arange(len(kept)), drawn, side="right")
-    return np.sort(np.concatenate([kept, negatives]))
+    drawn = draw_distinct(num_negatives, num_rows - len(positives), rng)
+    negatives = drawn + np.searchsorted(positives - np.arange(len(positives)), drawn, side="right")
+    return np.insert(negatives, np.searchsorted(negatives, positives), positives)

@@ -1,15 +1,22 @@
 """The Normalized Softmax Loss over a class-proxy matrix partitioned over the workers.
 
-Letters of tensor names: b images of this worker, B images of the global batch, S sampled classes of this worker,
-D dimensions.
+Letters of tensor names: b images of this worker, B images of the global batch, S sampled classes of one chunk of this
+worker's, D dimensions.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
+from nsl_dist.proxies.table import Rows
 
 # float32 spans e^-87 to e^88. Logits lie in [-1/t, 1/t]; moving the upper end to e^60 leaves e^28 for the sum over
 # classes and makes every temperature down to 2 / (60 + 87) exact without the maximum over all workers' logits.
@@ -17,60 +24,134 @@ HIGHEST_EXPONENT = 60.0
 LOWEST_TEMPERATURE = 2 / (HIGHEST_EXPONENT + 87)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Sampled classes of this worker that are worked on at once."""
+
+    rows: Rows
+    num_rows: int
+    target_images: Tensor
+    """Images of the global batch whose class is in this chunk."""
+    target_columns: Tensor
+    """The place of their class in the chunk."""
+    multiplicity_S: Tensor | None
+    """How many classes each one stands for in the normaliser; None: one."""
+
+
+@dataclass
+class SampledProxies:
+    """This worker's proxies in one iteration: read in the forward pass, updated in the backward pass."""
+
+    chunks: list[Chunk]
+    optimizer: DeferredSGD | RowwiseAdagrad
+    step: int
+    keep: bool
+    """Keep proxies and logits from the forward to the backward pass, or make them again."""
+    prefetched: list[tuple[Tensor, Tensor]] | None = None
+    """What the optimiser read for each chunk, where that was done ahead."""
+
+    def read(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """Return the proxies of a chunk `[S, D]` and what else the optimiser keeps of them."""
+        return self.prefetched[chunk] if self.prefetched else self.optimizer.read(self.chunks[chunk].rows)
+
+
 class _PartitionedNormalizedSoftmax(torch.autograd.Function):
-    """Cross-entropy whose classes are spread over the workers.
+    """Cross-entropy whose classes are spread over the workers, and the update of their proxies.
 
     Collectives: forward, one all-gather of embeddings (b x D floats a worker) and one all-reduce of 2 x B floats;
-    backward, one reduce-scatter of B x D floats. Partitions may differ in S, an empty one included; b may not differ.
+    backward, one reduce-scatter of B x D floats. Partitions may differ in size, an empty one included; b may not.
+
+    Proxies have no gradient tensor: each chunk's gradient goes to the optimiser as soon as it is there, so that beside
+    the tables no memory is needed but for a chunk, or for all sampled classes where they are kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         embeddings_bD: Tensor,
-        proxies_SD: Tensor,
-        columns_B: Tensor,
+        proxies: SampledProxies,
+        lr: float,
         temperature: float,
         group: dist.ProcessGroup | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         embeddings_BD = _all_gather(embeddings_bD, group)
-        lengths_S = proxies_SD.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        directions_SD = proxies_SD / lengths_S
-        logits_BS = embeddings_BD @ directions_SD.T
-        logits_BS /= temperature
-
-        mine_B = columns_B >= 0
-        rows = mine_B.nonzero().squeeze(1)
-        columns = columns_B[rows]
-        shift = max(0.0, 1 / temperature - HIGHEST_EXPONENT)
-        target_B = logits_BS.new_zeros(len(logits_BS)).index_put_((rows,), logits_BS[rows, columns])
-        exp_BS = logits_BS.sub_(shift).exp_()
-        sums_2B = torch.stack([exp_BS.sum(dim=1), target_B])
+        ctx.queries_BD = embeddings_BD / temperature
+        ctx.shift = max(0.0, 1 / temperature - HIGHEST_EXPONENT)
+        sums_2B = embeddings_BD.new_zeros(2, len(embeddings_BD))
+        ctx.kept = []
+        for index, chunk in enumerate(proxies.chunks):
+            read = proxies.read(index)
+            exp_BS, lengths_S = _exponentials(ctx.queries_BD, read[0], chunk, ctx.shift, target_B=sums_2B[1])
+            sums_2B[0] += exp_BS.sum(dim=1)
+            if proxies.keep:
+                ctx.kept.append((read, exp_BS, lengths_S))
         if group is not None:
             dist.all_reduce(sums_2B, group=group)
         normaliser_B, target_B = sums_2B
-
-        probabilities_BS = exp_BS.div_(normaliser_B[:, None])
-        ctx.save_for_backward(embeddings_BD, directions_SD, lengths_S, probabilities_BS, rows, columns)
-        ctx.temperature, ctx.group = temperature, group
-        return (normaliser_B.log() + shift - target_B).mean()
+        ctx.normaliser_B, ctx.proxies, ctx.lr, ctx.temperature, ctx.group = (
+            normaliser_B,
+            proxies,
+            lr,
+            temperature,
+            group,
+        )
+        finite_2B = torch.stack([embeddings_BD.sum(dim=1), normaliser_B]).isfinite()
+        ctx.mark_non_differentiable(finite_2B)
+        return (normaliser_B.log() + ctx.shift - target_B).mean(), finite_2B
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        embeddings_BD, directions_SD, lengths_S, probabilities_BS, rows, columns = ctx.saved_tensors
-        grad_BS = probabilities_BS.clone()
-        grad_BS[rows, columns] -= 1
-        grad_BS *= grad_outputs[0] / (len(embeddings_BD) * ctx.temperature)
-
-        grad_directions_SD = grad_BS.T @ embeddings_BD
-        along_S = (grad_directions_SD * directions_SD).sum(dim=1, keepdim=True)
-        grad_proxies_SD = (grad_directions_SD - along_S * directions_SD) / lengths_S
-
-        grad_embeddings_bD = _reduce_scatter(grad_BS @ directions_SD, ctx.group)
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.proxies is None:
+            raise RuntimeError("a second backward pass would update the proxies twice; call loss again instead")
+        proxies, queries_BD = ctx.proxies, ctx.queries_BD
+        grad_image = grad_loss / len(queries_BD)
+        grad_queries_BD = torch.zeros_like(queries_BD)
+        with torch.autocast(queries_BD.device.type, enabled=False):
+            for index, chunk in enumerate(proxies.chunks):
+                if proxies.keep:
+                    read, exp_BS, lengths_S = ctx.kept[index]
+                    ctx.kept[index] = None
+                else:
+                    read = proxies.read(index)
+                    exp_BS, lengths_S = _exponentials(queries_BD, read[0], chunk, ctx.shift)
+                weight_SD = read[0]
+                grad_BS = exp_BS.mul_((grad_image / ctx.normaliser_B)[:, None])
+                grad_BS[chunk.target_images, chunk.target_columns] -= grad_image
+                grad_BS /= lengths_S
+                grad_queries_BD.addmm_(grad_BS, weight_SD)
+                grad_SD = grad_BS.T @ queries_BD
+                # The length of a proxy plays no part in the loss.
+                along_S1 = (grad_SD * weight_SD).sum(dim=1, keepdim=True)
+                grad_SD.addcmul_(weight_SD, along_S1 / lengths_S.square()[:, None], value=-1)
+                proxies.optimizer.update(chunk.rows, read, grad_SD, lr=ctx.lr, step=proxies.step)
+            proxies.optimizer.finish_step(sum(chunk.num_rows for chunk in proxies.chunks), lr=ctx.lr)
+        ctx.proxies = None
+        grad_embeddings_bD = _reduce_scatter(grad_queries_BD.div_(ctx.temperature), ctx.group)
         if ctx.group is not None:
             # DDP averages the backbone's gradients over ranks; this loss is already a mean over the global batch.
             grad_embeddings_bD *= dist.get_world_size(ctx.group)
-        return grad_embeddings_bD, grad_proxies_SD, None, None, None
+        return grad_embeddings_bD, None, None, None, None
+
+
+def _exponentials(
+    queries_BD: Tensor, weight_SD: Tensor, chunk: Chunk, shift: float, *, target_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the terms of the normaliser `[B, S]`, scaled by e^-shift, and the proxies' lengths `[S]`.
+
+    Fills in `target_B`, the logits of the images whose class is in this chunk.
+    """
+    lengths_S = torch.linalg.vector_norm(weight_SD, dim=1).clamp_min_(1e-12)
+    logits_BS = queries_BD @ weight_SD.T
+    logits_BS /= lengths_S
+    if target_B is not None:
+        target_B[chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
+    if shift > 0:
+        logits_BS -= shift
+    exp_BS = logits_BS.exp_()
+    if chunk.multiplicity_S is not None:
+        exp_BS *= chunk.multiplicity_S
+    return exp_BS, lengths_S
 
 
 def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -91,40 +172,82 @@ def _reduce_scatter(partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def normalized_softmax_loss(
     embeddings_bD: Tensor,
-    proxies_SD: Tensor,
-    columns_B: Tensor,
+    proxies: SampledProxies,
     *,
+    lr: float,
     temperature: float = 0.05,
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute the Normalized Softmax Loss (paper, section 3.1) of the global batch over all workers' sampled classes.
 
     Cross-entropy on cosine similarity over temperature, in float32 whatever the autocast. Every worker gets the same
-    value. The gradient of `proxies_SD` is complete on its owner. That of `embeddings_bD` is scaled by the world size,
-    for a model under DistributedDataParallel, which averages over ranks.
+    value. `backward()` updates the proxies. The gradient of `embeddings_bD` is scaled by the world size, for a model
+    under DistributedDataParallel, which averages over ranks.
 
     Args:
         embeddings_bD: this worker's embeddings, of any length; normalised here. b must be the same on every worker.
-        proxies_SD: this worker's sampled proxies, not normalised.
-        columns_B: for each image of the global batch, in rank order, the row of `proxies_SD` that is its class, or -1
-            where another worker owns the class.
+        proxies: this worker's part of the sampled classes; together the workers hold the class of every image once.
+        lr: learning rate of the proxies.
         temperature: sigma of the paper; at least `LOWEST_TEMPERATURE`.
         group: the workers that share the classes; None computes alone.
 
+    Returns:
+        The loss, and for each image of the global batch, `[2, B]`, whether its embedding and its normaliser are finite.
+
     Raises:
-        ValueError: the shapes contradict each other or the temperature is below float32's reach.
+        ValueError: the temperature is below float32's reach.
 
     """
-    world_size = 1 if group is None else dist.get_world_size(group)
-    if len(columns_B) != world_size * len(embeddings_bD):
-        raise ValueError(
-            f"columns_B has {len(columns_B)} entries, expected world size {world_size} x {len(embeddings_bD)} images "
-            f"of this worker = {world_size * len(embeddings_bD)}"
-        )
     if temperature < LOWEST_TEMPERATURE:
         raise ValueError(f"temperature {temperature} is below {LOWEST_TEMPERATURE:.4f}, which float32 can express")
     with torch.autocast(embeddings_bD.device.type, enabled=False):
-        loss: Tensor = _PartitionedNormalizedSoftmax.apply(
-            F.normalize(embeddings_bD.float()), proxies_SD.float(), columns_B, temperature, group
+        result: tuple[Tensor, Tensor] = _PartitionedNormalizedSoftmax.apply(
+            F.normalize(embeddings_bD.float()), proxies, lr, temperature, group
         )
-    return loss
+    return result
+
+
+def split_into_chunks(
+    rows: NDArray[np.int64],
+    labels_B: NDArray[np.int64],
+    *,
+    rows_at_once: int,
+    multiplicity: float | None,
+    table_device: torch.device,
+    device: torch.device,
+) -> list[Chunk]:
+    """Cut this worker's sampled classes into chunks.
+
+    Args:
+        rows: of the sampled classes, ascending and distinct.
+        labels_B: the row of each image's class; outside [0, C) where another worker owns it.
+        rows_at_once: classes in a chunk.
+        multiplicity: how many classes a sampled one that no image belongs to stands for; None: one.
+        table_device: where the rows are kept.
+        device: where they are worked on.
+
+    """
+    columns_B = np.searchsorted(rows, labels_B)
+    sampled_B = columns_B < len(rows)
+    sampled_B[sampled_B] = rows[columns_B[sampled_B]] == labels_B[sampled_B]
+    chunks = []
+    for start in range(0, len(rows), rows_at_once):
+        part = rows[start : start + rows_at_once]
+        images = np.flatnonzero(sampled_B & (columns_B >= start) & (columns_B < start + len(part)))
+        columns = torch.from_numpy(columns_B[images] - start).to(device, non_blocking=True)
+        multiplicity_S = None
+        if multiplicity is not None:
+            multiplicity_S = torch.full((len(part),), multiplicity, device=device).index_fill_(0, columns, 1.0)
+        consecutive = part[-1] - part[0] + 1 == len(part)
+        chunks.append(
+            Chunk(
+                rows=slice(int(part[0]), int(part[-1]) + 1)
+                if consecutive
+                else torch.from_numpy(part).to(table_device, non_blocking=True),
+                num_rows=len(part),
+                target_images=torch.from_numpy(images).to(device, non_blocking=True),
+                target_columns=columns,
+                multiplicity_S=multiplicity_S,
+            )
+        )
+    return chunks

@@ -24,8 +24,7 @@ from nsl_dist.training.step import TrainingStep
 
 def save(directory: Path, training: TrainingStep, *, step: int, digest: str) -> None:
     """Write the state before iteration `step`; every worker calls this with a folder of its own, merged later."""
-    assert training.proxies.optimizer is not None
-    training.proxies.optimizer.catch_up_all()
+    training.proxies.complete(step=step)
     save_sharded(_state(training), checkpoint_id=directory, no_dist=not dist.is_initialized())
     if training.proxies.partition.rank == 0:
         torch.save(training.model.state_dict(), directory / MODEL_FILE)
@@ -54,26 +53,18 @@ def load(directory: Path, training: TrainingStep, *, digest: str) -> int:
         )
     step = int(run["step"])
     training.begin_phase(max(step - 1, 0))  # that of the step before, whose optimiser was saved
-    optimizer = training.proxies.optimizer
-    assert optimizer is not None
     state = _state(training)
     load_sharded(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
     training.model.load_state_dict(torch.load(directory / MODEL_FILE, map_location="cpu", weights_only=True))
     if training.optimizer is not None:
         set_optimizer_state_dict(training.model, training.optimizer, state["optimizer"])
-    for name, target in (("weight", training.proxies.weight_CD), ("velocity", optimizer.velocity_CD)):
-        loaded = state["proxies"][name]
-        target.copy_(loaded.to_local() if isinstance(loaded, DTensor) else loaded)
+    training.proxies.declare_loaded()  # in place, into the very memory
     return step
 
 
 def _state(training: TrainingStep) -> dict[str, Any]:
-    assert training.proxies.optimizer is not None
     state: dict[str, Any] = {
-        "proxies": {
-            "weight": _as_one_matrix(training.proxies.weight_CD, training),
-            "velocity": _as_one_matrix(training.proxies.optimizer.velocity_CD, training),
-        },
+        "proxies": {name: _as_one_matrix(rows_CD, training) for name, rows_CD in training.proxies.state().items()}
     }
     if training.optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(training.model, training.optimizer)

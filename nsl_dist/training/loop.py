@@ -93,6 +93,8 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
         assert turn == (step, rank), f"rank {rank} expected its part of step {step}, got (step, rank) = {turn}"
 
         loss = training.run(batch["image"], plan.batch(step).labels, step=step)
+        if step + 1 < schedule.num_steps:
+            training.proxies.prefetch(plan.batch(step + 1).labels, step=step + 1)
 
         if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step:
             value = loss.item()

@@ -53,9 +53,8 @@ class TrainingStep:
         self.proxies = ProxyMatrix(
             Partition(num_classes, rank, world_size),
             config.model.dim,
+            config.proxies,
             seed=config.seed,
-            temperature=config.proxies.temperature,
-            sample_rate=config.proxies.sample_rate,
             device=device,
             group=self.group,
         )
@@ -78,7 +77,7 @@ class TrainingStep:
                 self._forward = DistributedDataParallel(
                     self.model, process_group=self.group, gradient_as_bucket_view=True
                 )
-        self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay)
+        self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay, step=step)
 
     def run(self, images_bCHW: Tensor, labels_B: NDArray[np.int64], *, step: int) -> Tensor:
         """Do one iteration.
@@ -98,14 +97,13 @@ class TrainingStep:
         images_bCHW = normalise(images_bCHW).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             embeddings_bD = self._forward(images_bCHW)
-        loss = self.proxies.loss(embeddings_bD, labels_B, step=step)
-
         lr = self.schedule.learning_rate(step)
+        loss = self.proxies.loss(embeddings_bD, labels_B, step=step, lr=lr * self.config.proxies.lr_scale)
+
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # updates the proxies too
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
-        self.proxies.step(lr=lr * self.config.proxies.lr_scale)
         return loss.detach()

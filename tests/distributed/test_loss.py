@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nsl_dist.proxies.matrix import ProxyMatrix, initial_rows
+from nsl_dist.config import ProxyConfig
+from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.proxies.sampling import sample_rows
+from nsl_dist.proxies.table import Table
 from tests.distributed.workers import run
 
 DIM, BATCH, TEMPERATURE = 16, 24, 0.05
@@ -25,15 +27,35 @@ def batch_of(num_classes: int, step: int) -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(rng.normal(size=(BATCH, DIM))), rng.integers(0, num_classes, BATCH)
 
 
+def initial_proxies(num_classes: int) -> torch.Tensor:
+    return Table(Partition(num_classes), DIM, initial_bound=DIM**-0.5).values.double()
+
+
 def sampled_classes(labels: np.ndarray, num_classes: int, sample_rate: float, step: int, world_size: int) -> np.ndarray:
     """The classes that all workers draw together, by the rule that each draws its own part with."""
     drawn = []
     for rank in range(world_size):
         part = Partition(num_classes, rank, world_size)
-        mine = labels[(labels >= part.start) & (labels < part.stop)] - part.start
+        mine = np.unique(labels[(labels >= part.start) & (labels < part.stop)] - part.start)
         rng = np.random.default_rng((0, step, 2 + rank))
-        drawn.append(part.start + sample_rows(mine, num_rows=part.num_rows, sample_rate=sample_rate, rng=rng))
+        num_sampled = int(np.ceil(sample_rate * part.num_rows))
+        drawn.append(part.start + sample_rows(mine, num_rows=part.num_rows, num_sampled=num_sampled, rng=rng))
     return np.concatenate(drawn)
+
+
+def dense_loss(
+    embeddings: torch.Tensor, proxies: torch.Tensor, labels: np.ndarray, classes: np.ndarray
+) -> torch.Tensor:
+    logits = F.normalize(embeddings) @ F.normalize(proxies[classes]).T / TEMPERATURE
+    column = {label: place for place, label in enumerate(classes.tolist())}
+    return F.cross_entropy(logits, torch.tensor([column[label] for label in labels.tolist()]))
+
+
+def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: object) -> ProxyMatrix:
+    group = dist.group.WORLD if part.world_size > 1 else None
+    matrix = ProxyMatrix(part, DIM, ProxyConfig(temperature=TEMPERATURE, **options), group=group)
+    matrix.start_optimizer(momentum=momentum, weight_decay=weight_decay, step=0)
+    return matrix
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -46,32 +68,99 @@ def check_loss(rank: int, world_size: int) -> None:
         part = Partition(num_classes, rank, world_size)
 
         dense_embeddings = embeddings.clone().requires_grad_()
-        dense_proxies = initial_rows(Partition(num_classes), DIM, seed=0).double().requires_grad_()
+        dense_proxies = initial_proxies(num_classes).requires_grad_()
         classes = sampled_classes(labels, num_classes, sample_rate, step, world_size)
-        logits = F.normalize(dense_embeddings) @ F.normalize(dense_proxies[classes]).T / TEMPERATURE
-        column = {label: place for place, label in enumerate(classes.tolist())}
-        exact = F.cross_entropy(logits, torch.tensor([column[label] for label in labels.tolist()]))
+        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes)
         exact.backward()
 
-        group = dist.group.WORLD if world_size > 1 else None
-        matrix = ProxyMatrix(part, DIM, seed=0, temperature=TEMPERATURE, sample_rate=sample_rate, group=group)
-        matrix.start_optimizer(momentum=0.9, weight_decay=0.0)
+        matrix = matrix_of(part, sample_rate=sample_rate)
+        before = matrix.weight.values.clone()
         mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         local = embeddings[mine].float().requires_grad_()
-        loss = matrix.loss(local, labels, step=step)
+        loss = matrix.loss(local, labels, step=step, lr=1.0)
         loss.backward()
         assert relative_error(loss.detach(), exact.detach()) < 1e-5
         # The gradient of a worker's embeddings is scaled for DDP, which averages over workers.
         assert relative_error(local.grad / world_size, dense_embeddings.grad[mine]) < 1e-5
-
-        before = matrix.weight_CD.clone()
-        matrix.step(lr=1.0)
         exact_grad = dense_proxies.grad[part.start : part.stop]
+        velocity = matrix.complete(step=step + 1)["velocity"]  # of the first step: the gradient
         if part.num_rows and exact_grad.norm() > 0:
-            assert relative_error(matrix.optimizer.velocity_CD, exact_grad) < 1e-5
-            torch.testing.assert_close(matrix.weight_CD, before - matrix.optimizer.velocity_CD)
+            assert relative_error(velocity, exact_grad) < 1e-5
+            torch.testing.assert_close(matrix.weight.values, before - velocity)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_partitioned_loss_equals_dense(world_size: int) -> None:
     run(check_loss, world_size)
+
+
+def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
+    """200 steps under warm-up and a step of the learning rate, each embedding pulled towards its class."""
+    dense = initial_proxies(num_classes).requires_grad_()
+    reference = torch.optim.SGD([dense], lr=1.0, momentum=0.9, weight_decay=1e-3)
+    part = Partition(num_classes, rank, world_size)
+    matrix = matrix_of(part, weight_decay=1e-3, sample_rate=0.1)
+    centres = np.random.default_rng(1).normal(size=(num_classes, DIM))
+    mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    for step in range(200):
+        lr = 0.05 * min(1.0, (step + 1) / 20) * (1.0 if step < 120 else 0.1)
+        noise, labels = batch_of(num_classes, step)
+        embeddings = torch.from_numpy(centres[labels]) + 0.5 * noise
+        classes = sampled_classes(labels, num_classes, 0.1, step, world_size)
+        exact = dense_loss(embeddings, dense, labels, classes)
+        reference.zero_grad(set_to_none=False)
+        exact.backward()
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        loss = matrix.loss(embeddings[mine].float().requires_grad_(), labels, step=step, lr=lr)
+        loss.backward()
+        assert abs(loss.item() - exact.item()) < 1e-6 / TEMPERATURE, step  # float32 at logits of up to 1 / temperature
+    state = matrix.complete(step=200)
+    assert relative_error(state["weight"], dense.detach()[part.start : part.stop]) < 1e-5
+    velocity = reference.state[dense]["momentum_buffer"][part.start : part.stop]
+    assert relative_error(state["velocity"], velocity) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sampled_training_follows_dense_sgd(world_size: int) -> None:
+    run(check_trajectory, world_size, 400)
+
+
+def check_a_rank_without_images(rank: int, world_size: int) -> None:
+    """All images are of the first worker's classes; the others have negatives only, and the last no class at all."""
+    part = Partition(9, rank, world_size)  # 3, 3, 3 and 0 classes
+    embeddings, _ = batch_of(9, 0)
+    labels = np.arange(BATCH) % 3
+    dense = initial_proxies(9).requires_grad_()
+    exact = dense_loss(embeddings, dense, labels, np.arange(9))
+    exact.backward()
+    matrix = matrix_of(part, momentum=0.0)
+    local = embeddings[rank * 6 : rank * 6 + 6].float().requires_grad_()
+    loss = matrix.loss(local, labels, step=0, lr=0.1)
+    loss.backward()
+    assert relative_error(loss.detach(), exact.detach()) < 1e-5
+    velocity = matrix.complete(step=1)["velocity"]
+    assert velocity.shape == (3 if rank < 3 else 0, DIM)
+    if rank < 3:
+        assert relative_error(velocity, dense.grad[part.start : part.stop]) < 1e-5
+
+
+def test_ranks_without_images_and_without_classes() -> None:
+    run(check_a_rank_without_images, 4)
+
+
+def check_nan(rank: int, world_size: int) -> None:
+    """Every worker says whose embeddings are bad, and none has changed its proxies."""
+    matrix = matrix_of(Partition(10, rank, world_size))
+    before = matrix.weight.values.clone()
+    embeddings = torch.randn(4, DIM)
+    if rank == 1:
+        embeddings[2:] = float("nan")
+    message = "step 5: embeddings are nan or infinite: 2 of the 4 of worker 1; lower --optim.lr"
+    with pytest.raises(FloatingPointError, match=message):
+        matrix.loss(embeddings, np.arange(4 * world_size) % 10, step=5, lr=0.1)
+    assert torch.equal(matrix.weight.values, before)
+
+
+def test_nan_embeddings_are_named_by_every_worker() -> None:
+    run(check_nan, 3)

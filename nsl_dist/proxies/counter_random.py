@@ -1,0 +1,45 @@
+"""Random numbers as a pure function of (seed, stream, row, column).
+
+Any row can be drawn alone, by any worker, on any device, with the same bits. The generator is SplitMix64 (Steele, Lea &
+Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), one stream for each row.
+"""
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # PyTorch's 64-bit integers are signed; they wrap as unsigned ones do
+
+
+def _mix(state: Tensor) -> Tensor:
+    """Scramble 64-bit integers in place: the output function of SplitMix64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        state ^= (state >> shift) & (2 ** (64 - shift) - 1)
+        state *= factor
+    state ^= (state >> 31) & (2**33 - 1)
+    return state
+
+
+def random_bits(rows_S: Tensor, num_words: int, *, seed: int, stream: int) -> Tensor:
+    """Return random 64-bit words, int64 `[S, num_words]`, for rows given as int64 `[S]`."""
+    key = _mix(torch.tensor(seed, dtype=torch.int64))
+    key = _mix(key + stream * (_GAMMA & 0xFFFFFFFF))
+    keys_S = _mix(rows_S * _GAMMA + int(key))
+    return _mix(keys_S[:, None] + torch.arange(1, num_words + 1, device=rows_S.device) * _GAMMA)
+
+
+def uniform_rows(rows_S: Tensor, dim: int, *, bound: float, seed: int) -> Tensor:
+    """Return float32 `[S, dim]` from U(-bound, bound), stream 0, for rows given as int64 `[S]`."""
+    words = random_bits(rows_S, -(-dim // 2), seed=seed, stream=0)
+    integers_SD = words.view(torch.int32)[:, :dim] >> 8  # 24 bits, as many as float32 holds
+    return integers_SD.float().add_(0.5).mul_(bound / 2**23)
+
+
+def round_to_bfloat16(values_SD: Tensor, rows_S: Tensor, *, seed: int, stream: int) -> Tensor:
+    """Round float32 `[S, D]` up or down to bfloat16 at random, so that the expected result is the value itself.
+
+    Rounded to the nearest, an update smaller than half of the last of bfloat16's 8 bits would be lost every time.
+    """
+    dim = values_SD.shape[1]
+    noise_SD = random_bits(rows_S, -(-dim // 4), seed=seed, stream=stream).view(torch.int16)[:, :dim]
+    bits_SD = values_SD.contiguous().view(torch.int32) + (noise_SD.int() & 0xFFFF)
+    return (bits_SD & -0x10000).view(torch.float32).bfloat16()

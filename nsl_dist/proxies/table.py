@@ -1,0 +1,169 @@
+"""A worker's rows of a matrix over all classes, in the memory of its device, of the host, or in a file."""
+
+import mmap
+import os
+import tempfile
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
+from nsl_dist.proxies.partition import Partition
+
+# Consecutive rows are a slice, which is read without a copy.
+Rows = slice | Tensor
+Placement = Literal["device", "host", "disk"]
+
+
+class Table:
+    """Rows of which every step reads and writes a few.
+
+    Attributes:
+        values: `[partition.num_rows, dim]`, float32 or bfloat16, where `placement` says.
+
+    """
+
+    # Rows that are made or rewritten all at once go through memory in parts of this size.
+    ROWS_AT_ONCE = 8192
+
+    def __init__(
+        self,
+        partition: Partition,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        placement: Placement = "device",
+        device: torch.device | str = "cpu",
+        directory: str | None = None,
+        seed: int = 0,
+        initial_bound: float = 0.0,
+    ) -> None:
+        """Allocate the rows, drawn from U(-initial_bound, initial_bound), the same for any number of workers.
+
+        Rows of a file are not made before they are read for the first time.
+
+        Args:
+            partition: which classes the rows are.
+            dim: columns.
+            dtype: of the values; bfloat16 is rounded stochastically.
+            placement: device; host, the same on a CPU; or disk, a file without a name that vanishes with the process.
+            device: where rows are read to.
+            directory: of the file; None: the system's for temporary files.
+            seed: of the initial rows and of the rounding.
+            initial_bound: 0 begins with zeros.
+
+        Raises:
+            ValueError: the directory does not exist or its disk has no room for the file.
+
+        """
+        self.partition = partition
+        self.placement = placement
+        self.device = torch.device(device)
+        self.directory = directory
+        self.seed = seed
+        self.initial_bound = initial_bound
+        shape = (partition.num_rows, dim)
+        if placement == "disk":
+            self.values = _map_file(shape, dtype, directory or tempfile.gettempdir())
+        elif placement == "host" or self.device.type == "cpu":
+            self.values = _map_memory(shape, dtype)
+        else:
+            self.values = torch.zeros(shape, dtype=dtype, device=self.device)
+        self._made_C: Tensor | None = None
+        if initial_bound > 0:
+            self._made_C = torch.zeros(partition.num_rows, dtype=torch.bool, device=self.values.device)
+            if placement != "disk":
+                self.make_all()
+
+    def zeros_beside(self, dim: int, *, dtype: torch.dtype) -> "Table":
+        """Return a table of zeros for the same classes in the same place."""
+        return Table(
+            self.partition,
+            dim,
+            dtype=dtype,
+            placement=self.placement,
+            device=self.device,
+            directory=self.directory,
+            seed=self.seed,
+        )
+
+    def parts(self) -> list[slice]:
+        """Return all rows in slices that fit memory."""
+        starts = range(0, self.partition.num_rows, self.ROWS_AT_ONCE)
+        return [slice(start, min(start + self.ROWS_AT_ONCE, self.partition.num_rows)) for start in starts]
+
+    def make_all(self) -> None:
+        """Make the rows that were never read."""
+        for rows in self.parts():
+            self._make(rows)
+        self._made_C = None
+
+    def declare_made(self) -> None:
+        """Take the values as they are, for example from a checkpoint."""
+        self._made_C = None
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows as float32 `[S, D]` on the device; a view where nothing has to be copied or converted."""
+        self._make(rows)
+        if isinstance(rows, slice):
+            values_SD = self.values[rows]
+        elif self.values.device == self.device:
+            values_SD = self.values.index_select(0, rows)
+        else:
+            staged = torch.empty(len(rows), self.values.shape[1], dtype=self.values.dtype, pin_memory=True)
+            values_SD = torch.index_select(self.values, 0, rows, out=staged)
+        return values_SD.to(self.device, non_blocking=True).float()
+
+    def write(self, rows: Rows, values_SD: Tensor, *, stream: int) -> None:
+        """Write rows, which may be the very view that `read` returned; `stream` tells one rounding from another."""
+        if self.values.dtype == torch.bfloat16:
+            classes_S = self._classes(rows).to(values_SD.device)
+            values_SD = round_to_bfloat16(values_SD, classes_S, seed=self.seed, stream=stream)
+        values_SD = values_SD.to(self.values.device)
+        if not isinstance(rows, slice):
+            self.values.index_copy_(0, rows, values_SD)
+        elif (target_SD := self.values[rows]).data_ptr() != values_SD.data_ptr():
+            target_SD.copy_(values_SD)
+
+    def _classes(self, rows: Rows) -> Tensor:
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=self.values.device)
+        return rows + self.partition.start
+
+    def _make(self, rows: Rows) -> None:
+        if self._made_C is None:
+            return
+        classes_S = self._classes(rows)[~self._made_C[rows]]
+        if len(classes_S) > 0:
+            made_SD = uniform_rows(classes_S, self.values.shape[1], bound=self.initial_bound, seed=self.seed)
+            new = classes_S - self.partition.start
+            self.values.index_copy_(0, new, made_SD.to(self.values.dtype))
+            self._made_C[new] = True
+
+
+def _map_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    if shape[0] == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # random rows of small pages miss the TLB
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _map_file(shape: tuple[int, int], dtype: torch.dtype, directory: str) -> Tensor:
+    if shape[0] == 0:
+        return torch.empty(shape, dtype=dtype)
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            # All of it now: a disk that is full later would end the process with a bus error.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            memory = mmap.mmap(file.fileno(), num_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep {num_bytes / 2**30:.1f} GiB of class proxies in {directory}: {error.strerror}; set "
+            "--proxies.directory to a folder on a local disk with room for them"
+        ) from error
+    memory.madvise(mmap.MADV_RANDOM)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
