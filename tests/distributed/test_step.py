@@ -33,9 +33,17 @@ def images_of(step: int) -> torch.Tensor:
     return torch.from_numpy(pixels.astype(np.uint8))
 
 
-def train(rank: int, world_size: int, *, first_step: int, last_step: int, load: Path | None) -> TrainingStep:
+def train(
+    rank: int,
+    world_size: int,
+    *,
+    first_step: int,
+    last_step: int,
+    load: Path | None,
+    proxies: ProxyConfig = CONFIG.proxies,
+) -> TrainingStep:
     training = TrainingStep(
-        CONFIG,
+        dataclasses.replace(CONFIG, proxies=proxies),
         num_classes=PLAN.num_classes,
         steps_per_epoch=PLAN.steps_per_epoch,
         device=torch.device("cpu"),
@@ -53,8 +61,8 @@ def train(rank: int, world_size: int, *, first_step: int, last_step: int, load: 
 
 
 def state_of(training: TrainingStep) -> dict[str, torch.Tensor]:
-    proxies = training.proxies.state()
-    return training.model.state_dict() | {"proxies": proxies["weight"], "velocity": proxies["velocity"]}
+    rows = {f"proxies.{name}": rows_CD for name, rows_CD in training.proxies.state().items()}
+    return training.model.state_dict() | rows
 
 
 def compare(rank: int, world_size: int, expected: Path, *, tolerance: float, training: TrainingStep) -> None:
@@ -62,7 +70,7 @@ def compare(rank: int, world_size: int, expected: Path, *, tolerance: float, tra
     part = Partition(PLAN.num_classes, rank, world_size)
     for name, ours in state_of(training).items():
         theirs = exact[name]
-        if name in ("proxies", "velocity"):
+        if name.startswith("proxies."):
             theirs = theirs[part.start : part.stop]
         assert ours.shape == theirs.shape
         if theirs.numel():
@@ -75,14 +83,14 @@ def run_and_compare(rank: int, world_size: int, expected: Path) -> None:
     compare(rank, world_size, expected, tolerance=2e-3, training=training)
 
 
-def save(rank: int, world_size: int, folder: Path, step: int) -> None:
-    training = train(rank, world_size, first_step=0, last_step=step, load=None)
+def save(rank: int, world_size: int, folder: Path, step: int, proxies: ProxyConfig) -> None:
+    training = train(rank, world_size, first_step=0, last_step=step, load=None, proxies=proxies)
     checkpoint.save(folder, training, step=step, digest="d")
     torch.save(state_of(training), folder / f"rank{rank}.pt")
 
 
-def load_and_compare(rank: int, world_size: int, folder: Path, expected: Path, step: int) -> None:
-    training = train(rank, world_size, first_step=step, last_step=step, load=folder)
+def load_and_compare(rank: int, world_size: int, folder: Path, expected: Path, step: int, proxies: ProxyConfig) -> None:
+    training = train(rank, world_size, first_step=step, last_step=step, load=folder, proxies=proxies)
     compare(rank, world_size, expected, tolerance=0.0, training=training)
 
 
@@ -104,15 +112,23 @@ def test_training_learns() -> None:
     assert losses[-1] < 0.5 * losses[0], losses
 
 
-@pytest.mark.parametrize("step", [4, 6])
-def test_checkpoints_reshard(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "proxies"),
+    [
+        (4, ProxyConfig()),
+        (6, ProxyConfig(sample_rate=0.2)),
+        (6, ProxyConfig(sample_rate=0.2, optimizer="adagrad", dtype="bfloat16", placement="disk")),
+    ],
+)
+def test_checkpoints_reshard(tmp_path: Path, step: int, proxies: ProxyConfig) -> None:
     """Saved by 4 workers (3, 3, 3 and 2 classes), loaded bit-exact by 1 and by 2 (6 and 5); 4 ends the warm-up."""
-    run(save, 4, tmp_path, step)
+    run(save, 4, tmp_path, step, proxies)
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
-    whole = parts[0] | {name: torch.cat([part[name] for part in parts]) for name in ("proxies", "velocity")}
+    rows = [name for name in parts[0] if name.startswith("proxies.")]
+    whole = parts[0] | {name: torch.cat([part[name] for part in parts]) for name in rows}
     torch.save(whole, tmp_path / "whole.pt")
-    load_and_compare(0, 1, tmp_path, tmp_path / "whole.pt", step)
-    run(load_and_compare, 2, tmp_path, tmp_path / "whole.pt", step)
+    load_and_compare(0, 1, tmp_path, tmp_path / "whole.pt", step, proxies)
+    run(load_and_compare, 2, tmp_path, tmp_path / "whole.pt", step, proxies)
 
 
 def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
@@ -128,7 +144,7 @@ def test_warm_up_moves_the_new_layers_only() -> None:
     }
     warm = state_of(train(0, 1, first_step=0, last_step=PLAN.steps_per_epoch, load=None))
     changed = {name for name in start if not torch.equal(start[name], warm[name])}
-    assert changed == {"linear.weight", "proxies", "velocity"}
+    assert changed == {"linear.weight", "proxies.weight", "proxies.velocity"}
 
 
 def test_without_a_linear_layer_the_warm_up_moves_the_proxies_only(monkeypatch: pytest.MonkeyPatch) -> None:
