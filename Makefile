@@ -28,5 +28,5 @@ $(VENV)/.current: requirements.lock pyproject.toml
 	touch $@
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --universal --python-version 3.11 --no-header --no-annotate \
 		--quiet --output-file requirements.lock

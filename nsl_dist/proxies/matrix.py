@@ -1,6 +1,7 @@
 """One worker's part of the class-proxy matrix: its rows, their sampling, loss and update in one place."""
 
 import math
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -65,6 +66,7 @@ class ProxyMatrix:
         )
         self.optimizer: DeferredSGD | RowwiseAdagrad | None = None
         self._unchecked: tuple[int, Tensor] | None = None
+        self._spare: deque[tuple[Tensor, Tensor]] = deque()
         self._prefetched: Future[SampledProxies] | None = None
         # The CPU's own proxies are where they are needed; drawing them beside the model's work would only slow that.
         self._background = ThreadPoolExecutor(1) if self.weight.device.type == "cuda" else None
@@ -80,6 +82,7 @@ class ProxyMatrix:
     def start_optimizer(self, *, momentum: float, weight_decay: float, step: int) -> None:
         """Begin with a fresh optimiser at `step`, all rows first brought up to date with the one before."""
         self._drop_prefetched()
+        self._spare.clear()  # another optimiser keeps something else
         if self.optimizer is not None:
             self.optimizer.catch_up(step=step)
             self.optimizer = None  # frees its memory before the next one takes as much
@@ -191,7 +194,7 @@ class ProxyMatrix:
             table_device=weight.values.device,
             device=weight.device,
         )
-        proxies = SampledProxies(chunks, self.optimizer, step, keep)
+        proxies = SampledProxies(chunks, self.optimizer, step, keep, self._spare)
         if keep and weight.values.device != weight.device:
             proxies.prefetched = [self.optimizer.read(chunk.rows) for chunk in chunks]
         return proxies

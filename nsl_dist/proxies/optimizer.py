@@ -51,22 +51,25 @@ class DeferredSGD:
         self._all_current = True
         self._missed = _MapProducts(device)
 
-    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return weights and velocities, float32 `[S, D]` on the device, up to date with the steps so far."""
-        weight_SD, velocity_SD = self.weight.read(rows), self.velocity.read(rows)
+    def read(self, rows: Rows, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights and velocities, float32 `[S, D]` on the device, up to date with the steps so far.
+
+        `out` is memory that may be used for them, such as an earlier result for as many rows.
+        """
+        weight_out, velocity_out = out or (None, None)
         if self._all_current:
-            return weight_SD, velocity_SD
+            return self.weight.read(rows, out=weight_out), self.velocity.read(rows, out=velocity_out)
+        weight_SD, velocity_SD = self.weight.read(rows), self.velocity.read(rows)
         maps_22S1 = self._missed.since(self._step_of_C[rows]).to(weight_SD)[..., None]
         return (
-            torch.mul(weight_SD, maps_22S1[0, 0]).addcmul_(velocity_SD, maps_22S1[0, 1]),
-            torch.mul(weight_SD, maps_22S1[1, 0]).addcmul_(velocity_SD, maps_22S1[1, 1]),
+            torch.mul(weight_SD, maps_22S1[0, 0], out=weight_out).addcmul_(velocity_SD, maps_22S1[0, 1]),
+            torch.mul(weight_SD, maps_22S1[1, 0], out=velocity_out).addcmul_(velocity_SD, maps_22S1[1, 1]),
         )
 
     def update(self, rows: Rows, read: tuple[Tensor, Tensor], grad_SD: Tensor, *, lr: float, step: int) -> None:
-        """Write rows that `read` returned, moved by their gradient."""
+        """Write rows that `read` returned, moved by their gradient, weight decay included."""
         weight_SD, velocity_SD = read
         torch.add(grad_SD, velocity_SD, alpha=self.momentum, out=velocity_SD)
-        velocity_SD.add_(weight_SD, alpha=self.weight_decay)
         weight_SD.add_(velocity_SD, alpha=-lr)
         self.weight.write(rows, weight_SD, stream=4 * step + 1)
         self.velocity.write(rows, velocity_SD, stream=4 * step + 2)
@@ -119,14 +122,14 @@ class RowwiseAdagrad:
     def declare_current(self) -> None:
         """Rows without a gradient do not move."""
 
-    def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return weights `[S, D]` and accumulators `[S, 1]`, float32 on the device."""
-        return self.weight.read(rows), self.accumulator.read(rows)
+    def read(self, rows: Rows, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights `[S, D]` and accumulators `[S, 1]`, float32 on the device; in the memory of `out` if given."""
+        weight_out, accumulator_out = out or (None, None)
+        return self.weight.read(rows, out=weight_out), self.accumulator.read(rows, out=accumulator_out)
 
     def update(self, rows: Rows, read: tuple[Tensor, Tensor], grad_SD: Tensor, *, lr: float, step: int) -> None:
-        """Write rows that `read` returned, moved by their gradient."""
+        """Write rows that `read` returned, moved by their gradient, weight decay included."""
         weight_SD, accumulator_S1 = read
-        grad_SD = grad_SD.add(weight_SD, alpha=self.weight_decay)
         accumulator_S1 += grad_SD.square().mean(dim=1, keepdim=True)
         weight_SD.addcdiv_(grad_SD, accumulator_S1.sqrt() + self.EPSILON, value=-lr)
         self.weight.write(rows, weight_SD, stream=4 * step + 1)

@@ -21,7 +21,9 @@ def draw_distinct(size: int, num_values: int, rng: np.random.Generator) -> NDArr
         # part, so that every set of len(drawn) values is as likely as another, and so is every part of it.
         missing = size - len(drawn)
         num_draws = math.ceil(-(num_values - len(drawn)) * math.log1p(-missing / (num_values - len(drawn)))) + 16
-        drawn = np.unique(np.concatenate([drawn, rng.integers(num_values, size=num_draws)]))
+        drawn = np.concatenate([drawn, rng.integers(num_values, size=num_draws)])
+        drawn.sort()  # far faster than np.unique, which hashes
+        drawn = drawn[np.diff(drawn, prepend=-1) > 0]
     surplus = rng.choice(len(drawn), len(drawn) - size, replace=False)
     return np.delete(drawn, surplus)
 

@@ -4,6 +4,7 @@ Letters of tensor names: b images of this worker, B images of the global batch, 
 worker's, D dimensions.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,24 @@ class SampledProxies:
     step: int
     keep: bool
     """Keep proxies and logits from the forward to the backward pass, or make them again."""
+    spare: deque[tuple[Tensor, Tensor]]
+    """Memory that earlier reads are done with: new memory costs more than what is read into it."""
     prefetched: list[tuple[Tensor, Tensor]] | None = None
     """What the optimiser read for each chunk, where that was done ahead."""
 
     def read(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Return the proxies of a chunk `[S, D]` and what else the optimiser keeps of them."""
-        return self.prefetched[chunk] if self.prefetched else self.optimizer.read(self.chunks[chunk].rows)
+        if self.prefetched:
+            return self.prefetched[chunk]
+        out = self.spare.popleft() if self.spare else None
+        if out is not None and len(out[0]) != self.chunks[chunk].num_rows:
+            out = None
+        return self.optimizer.read(self.chunks[chunk].rows, out=out)
+
+    def release(self, chunk: int, read: tuple[Tensor, Tensor]) -> None:
+        """Give back what `read` returned, to be used again."""
+        if not isinstance(self.chunks[chunk].rows, slice):  # which may be a view of the table itself
+            self.spare.append(read)
 
 
 class _PartitionedNormalizedSoftmax(torch.autograd.Function):
@@ -81,10 +94,13 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         ctx.kept = []
         for index, chunk in enumerate(proxies.chunks):
             read = proxies.read(index)
-            exp_BS, lengths_S = _exponentials(ctx.queries_BD, read[0], chunk, ctx.shift, target_B=sums_2B[1])
-            sums_2B[0] += exp_BS.sum(dim=1)
+            logits_BS, lengths_S = _logits(ctx.queries_BD, read[0])
+            sums_2B[0] += _normaliser_terms(logits_BS, chunk, ctx.shift).sum(dim=1)
+            sums_2B[1, chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
             if proxies.keep:
-                ctx.kept.append((read, exp_BS, lengths_S))
+                ctx.kept.append((read, logits_BS, lengths_S))
+            else:
+                proxies.release(index, read)
         if group is not None:
             dist.all_reduce(sums_2B, group=group)
         normaliser_B, target_B = sums_2B
@@ -110,21 +126,24 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         with torch.autocast(queries_BD.device.type, enabled=False):
             for index, chunk in enumerate(proxies.chunks):
                 if proxies.keep:
-                    read, exp_BS, lengths_S = ctx.kept[index]
+                    read, logits_BS, lengths_S = ctx.kept[index]
                     ctx.kept[index] = None
                 else:
                     read = proxies.read(index)
-                    exp_BS, lengths_S = _exponentials(queries_BD, read[0], chunk, ctx.shift)
+                    logits_BS, lengths_S = _logits(queries_BD, read[0])
                 weight_SD = read[0]
-                grad_BS = exp_BS.mul_((grad_image / ctx.normaliser_B)[:, None])
+                grad_BS = _normaliser_terms(logits_BS, chunk, ctx.shift)
+                grad_BS *= (grad_image / ctx.normaliser_B)[:, None]
                 grad_BS[chunk.target_images, chunk.target_columns] -= grad_image
+                # A logit is the product with a proxy over the proxy's length, on which the loss does not depend: what
+                # the gradient has along the proxy is taken off.
+                along_S = logits_BS.mul_(grad_BS).sum(dim=0).div_(lengths_S.square())
+                shrink_S = proxies.optimizer.weight_decay - along_S
                 grad_BS /= lengths_S
                 grad_queries_BD.addmm_(grad_BS, weight_SD)
-                grad_SD = grad_BS.T @ queries_BD
-                # The length of a proxy plays no part in the loss.
-                along_S1 = (grad_SD * weight_SD).sum(dim=1, keepdim=True)
-                grad_SD.addcmul_(weight_SD, along_S1 / lengths_S.square()[:, None], value=-1)
+                grad_SD = (grad_BS.T @ queries_BD).addcmul_(weight_SD, shrink_S[:, None])
                 proxies.optimizer.update(chunk.rows, read, grad_SD, lr=ctx.lr, step=proxies.step)
+                proxies.release(index, read)
             proxies.optimizer.finish_step(sum(chunk.num_rows for chunk in proxies.chunks), lr=ctx.lr)
         ctx.proxies = None
         grad_embeddings_bD = _reduce_scatter(grad_queries_BD.div_(ctx.temperature), ctx.group)
@@ -134,24 +153,16 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         return grad_embeddings_bD, None, None, None, None
 
 
-def _exponentials(
-    queries_BD: Tensor, weight_SD: Tensor, chunk: Chunk, shift: float, *, target_B: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the terms of the normaliser `[B, S]`, scaled by e^-shift, and the proxies' lengths `[S]`.
-
-    Fills in `target_B`, the logits of the images whose class is in this chunk.
-    """
+def _logits(queries_BD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits `[B, S]` and the proxies' lengths `[S]`."""
     lengths_S = torch.linalg.vector_norm(weight_SD, dim=1).clamp_min_(1e-12)
-    logits_BS = queries_BD @ weight_SD.T
-    logits_BS /= lengths_S
-    if target_B is not None:
-        target_B[chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
-    if shift > 0:
-        logits_BS -= shift
-    exp_BS = logits_BS.exp_()
-    if chunk.multiplicity_S is not None:
-        exp_BS *= chunk.multiplicity_S
-    return exp_BS, lengths_S
+    return (queries_BD @ weight_SD.T).div_(lengths_S), lengths_S
+
+
+def _normaliser_terms(logits_BS: Tensor, chunk: Chunk, shift: float) -> Tensor:
+    """Return the terms of the normaliser `[B, S]`, scaled by e^-shift."""
+    terms_BS = (logits_BS - shift).exp_() if shift > 0 else logits_BS.exp()
+    return terms_BS if chunk.multiplicity_S is None else terms_BS.mul_(chunk.multiplicity_S)
 
 
 def _all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -103,13 +103,17 @@ class Table:
         """Take the values as they are, for example from a checkpoint."""
         self._made_C = None
 
-    def read(self, rows: Rows) -> Tensor:
-        """Return rows as float32 `[S, D]` on the device; a view where nothing has to be copied or converted."""
+    def read(self, rows: Rows, *, out: Tensor | None = None) -> Tensor:
+        """Return rows as float32 `[S, D]` on the device; a view where nothing has to be copied or converted.
+
+        `out` is memory that may be used for it.
+        """
         self._make(rows)
         if isinstance(rows, slice):
             values_SD = self.values[rows]
         elif self.values.device == self.device:
-            values_SD = self.values.index_select(0, rows)
+            same_dtype = out is not None and out.dtype == self.values.dtype
+            values_SD = torch.index_select(self.values, 0, rows, out=out if same_dtype else None)
         else:
             staged = torch.empty(len(rows), self.values.shape[1], dtype=self.values.dtype, pin_memory=True)
             values_SD = torch.index_select(self.values, 0, rows, out=staged)

@@ -329,7 +329,7 @@ def test_sparse_updates_follow_dense_sgd(momentum: float, weight_decay: float, m
         dense.grad = torch.zeros_like(dense).index_copy(0, rows, grad)
         reference.param_groups[0]["lr"] = lr
         reference.step()
-        ours.update(rows, read, grad.float(), lr=lr, step=step)
+        ours.update(rows, read, grad.float() + weight_decay * read[0], lr=lr, step=step)
         ours.finish_step(3, lr=lr)
         if step == 77:
             ours.catch_up(step=step + 1)
@@ -351,8 +351,8 @@ def test_rowwise_adagrad() -> None:
         rows = np.sort(rng.choice(9, 3, replace=False))
         grad = rng.normal(size=(3, 4))
         index = torch.from_numpy(rows)
+        grad = grad + 0.01 * expected[rows]  # weight decay
         ours.update(index, ours.read(index), torch.from_numpy(grad).float(), lr=0.1, step=step)
-        grad = grad + 0.01 * expected[rows]
         accumulator[rows] += (grad**2).mean(axis=1, keepdims=True)
         expected[rows] -= 0.1 * grad / np.sqrt(accumulator[rows])
     np.testing.assert_allclose(weight.values.numpy(), expected, rtol=1e-5, atol=1e-6)
