@@ -82,11 +82,6 @@ class Contestant:
     num_sampled: int
     workers: int
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes, roughly: weights, momentum and, but for ours, gradients of all classes."""
-        return 4 * self.num_classes * self.dim * (2 if self.implementation == "ours" else 3)
-
 
 class Ours:
     """`nsl_dist.proxies`."""
@@ -363,18 +358,24 @@ def contestants_of(config: BenchConfig) -> list[Contestant]:
     return found
 
 
-def rounds_that_fit(contestants: list[Contestant], memory: int) -> Iterator[list[Contestant]]:
+def rounds_that_fit(contestants: list[Contestant], config: BenchConfig, memory: int) -> Iterator[list[Contestant]]:
     """Yield those that are measured side by side; one that does not fit alone is left out, with a word."""
     together: list[Contestant] = []
+    taken = 0
     for contestant in contestants:
-        if contestant.num_bytes > memory:
-            gib = contestant.num_bytes / 2**30
-            print(f"left out: {contestant} needs {gib:.0f} GiB of {memory / 2**30:.0f}", file=sys.stderr)
+        matrix = 4 * contestant.num_classes * contestant.dim
+        num_bytes = 3 * matrix  # weights, momentum, gradients
+        if contestant.implementation == "ours":
+            num_bytes = 0 if config.proxies.placement == "disk" else 2 * matrix
+        if num_bytes > memory:
+            needs = f"needs {num_bytes / 2**30:.0f} GiB, there are {memory / 2**30:.0f}"
+            print(f"left out, {needs}: {contestant}", file=sys.stderr)
             continue
-        if together and sum(other.num_bytes for other in together) + contestant.num_bytes > memory:
+        if taken + num_bytes > memory:
             yield together
-            together = []
+            together, taken = [], 0
         together.append(contestant)
+        taken += num_bytes
     if together:
         yield together
 
@@ -445,7 +446,7 @@ def main() -> None:
     if not config.json:
         print(f"{header[0]:16}" + "".join(f"{name:>10}" for name in header[1:]))
     smallest: dict[tuple[Any, ...], float] = {}
-    for together in rounds_that_fit(contestants, available_memory(device)):
+    for together in rounds_that_fit(contestants, config, available_memory(device)):
         for contestant, (times, extra) in zip(together, measure(together, config, device), strict=True):
             num_bytes = 4 * 4 * contestant.num_sampled * contestant.dim
             num_operations = 6 * config.batch * contestant.num_sampled * contestant.dim

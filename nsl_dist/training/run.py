@@ -188,6 +188,10 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     assert config.num_workers is not None
     train, test = manifest.splits["train"], manifest.splits["test"]
     rows = Partition(train["num_classes"], 0, config.num_workers).rows_per_rank
+    proxies = config.proxies
+    sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
+    numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
+    gib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**30
     resources = ray.cluster_resources()
     first_phase = (
         f"{config.optim.new_layers_epochs} epochs of the new layers, then " if config.optim.new_layers_epochs else ""
@@ -201,8 +205,9 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "left out": f"{len(manifest.undecodable):,} undecodable images" if manifest.undecodable else "",
         "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} "
         f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
-        "proxies": f"{train['num_classes']:,} x {config.model.dim}, {rows:,} on each worker, "
-        f"{config.proxies.sample_rate:.0%} of them sampled in each iteration",
+        "proxies": f"{train['num_classes']:,} x {config.model.dim}, {sampled} sampled in each iteration; each worker "
+        f"keeps {rows:,} in {proxies.dtype}, {gib:.3g} GiB with the state of {proxies.optimizer}, placed on "
+        f"{config.device if proxies.placement == 'device' else proxies.placement}",
         "batches": f"{config.data.classes_per_batch} classes x {config.data.images_per_class} images = "
         f"{config.data.batch_size}, {config.data.batch_size // config.num_workers} on each worker",
         "schedule": f"{first_phase}{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = "
