@@ -13,6 +13,7 @@ rates printed at the start: rows of the classes taking part and their momentum r
 products. Extra memory is the peak of a step without weights and momentum, all workers together.
 """
 
+import ctypes
 import itertools
 import json
 import os
@@ -102,7 +103,7 @@ class Ours:
     @property
     def tables(self) -> list[Tensor]:
         """What a training keeps from step to step."""
-        return list(self.matrix.state().values()) if self.matrix.config.placement == "device" else []
+        return [table for table in self.matrix.state().values() if self.matrix.config.placement != "disk"]
 
 
 class Dense:
@@ -269,6 +270,7 @@ def compete(
     for batch in itertools.islice(batches(small, config.batch, rank, device), 2):
         warm.step(*batch)
     del warm
+    ctypes.CDLL(None).malloc_trim(0)  # what is left of it would hide some of what is to come
     before = anonymous_memory()
     built = build(contestant, rank, device, proxies)
     source = batches(contestant, config.batch, rank, device)
@@ -326,8 +328,7 @@ def machine_rates(device: torch.device) -> tuple[float, float]:
     """Measure bytes a second of a copy (read and written) and float operations a second of a matrix product."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    left, right = torch.ones(2048, 2048, dtype=dtype, device=device), torch.ones(2048, 2048, dtype=dtype, device=device)
+    left, right = torch.ones(2048, 2048, device=device), torch.ones(2048, 2048, device=device)
 
     def fastest(work: Callable[[], Tensor]) -> float:
         seconds = []
@@ -364,9 +365,13 @@ def rounds_that_fit(contestants: list[Contestant], config: BenchConfig, memory: 
     taken = 0
     for contestant in contestants:
         matrix = 4 * contestant.num_classes * contestant.dim
-        num_bytes = 3 * matrix  # weights, momentum, gradients
+        # Weights, momentum, and for the dense ones gradients, normalised weights and theirs, logits and theirs.
         if contestant.implementation == "ours":
             num_bytes = 0 if config.proxies.placement == "disk" else 2 * matrix
+        elif contestant.implementation == "autograd_gather":
+            num_bytes = 4 * matrix
+        else:
+            num_bytes = 9 * matrix + 3 * 4 * config.batch * contestant.num_classes
         if num_bytes > memory:
             needs = f"needs {num_bytes / 2**30:.0f} GiB, there are {memory / 2**30:.0f}"
             print(f"left out, {needs}: {contestant}", file=sys.stderr)
@@ -435,6 +440,8 @@ def main() -> None:
     for workers in config.workers:
         if config.batch % workers:
             raise ValueError(f"--batch {config.batch} is not divisible by {workers} workers")
+        if workers > 1 and cuda:
+            raise ValueError(f"--workers {workers} are measured on CPUs; set --device cpu or --workers 1")
     contestants = contestants_of(config)
     bytes_per_second, flops = machine_rates(device)
     print(

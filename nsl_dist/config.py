@@ -101,7 +101,7 @@ class ProxyConfig:
     directory: str | None = None
     """Folder on the workers for the file of --proxies.placement disk. None: that for temporary files."""
     memory: float = 1.0
-    """GiB for proxies and logits of an iteration; where they do not fit they are computed twice, in parts that do."""
+    """GiB of proxies and logits kept within an iteration; where it is too little they are computed twice, in parts."""
 
     def __post_init__(self) -> None:
         _require(0 < self.sample_rate <= 1, f"--proxies.sample-rate {self.sample_rate} must be in (0, 1]; 1 is all")

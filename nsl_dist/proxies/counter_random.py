@@ -42,4 +42,5 @@ def round_to_bfloat16(values_SD: Tensor, rows_S: Tensor, *, seed: int, stream: i
     dim = values_SD.shape[1]
     noise_SD = random_bits(rows_S, -(-dim // 4), seed=seed, stream=stream).view(torch.int16)[:, :dim]
     bits_SD = values_SD.contiguous().view(torch.int32) + (noise_SD.int() & 0xFFFF)
-    return (bits_SD & -0x10000).view(torch.float32).bfloat16()
+    rounded_SD = (bits_SD & -0x10000).view(torch.float32)
+    return torch.where(values_SD.isfinite(), rounded_SD, values_SD).bfloat16()  # noise would make a number of a NaN

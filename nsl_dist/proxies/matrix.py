@@ -65,7 +65,7 @@ class ProxyMatrix:
             initial_bound=dim**-0.5,
         )
         self.optimizer: DeferredSGD | RowwiseAdagrad | None = None
-        self._unchecked: tuple[int, Tensor] | None = None
+        self._unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._spare: deque[tuple[Tensor, Tensor]] = deque()
         self._prefetched: Future[SampledProxies] | None = None
         # The CPU's own proxies are where they are needed; drawing them beside the model's work would only slow that.
@@ -133,8 +133,11 @@ class ProxyMatrix:
         loss, finite_2B = normalized_softmax_loss(
             embeddings_bD, proxies, lr=lr, temperature=self.config.temperature, group=self.group
         )
-        self._unchecked = (step, finite_2B)
-        if self.weight.device.type == "cpu":  # a GPU is left to work on, and asked when it has long been done
+        if self.weight.device.type == "cuda":  # which is left to work on, and asked when it has long been done
+            self._unchecked = (step, finite_2B.to("cpu", non_blocking=True), torch.cuda.Event())
+            self._unchecked[2].record()
+        else:
+            self._unchecked = (step, finite_2B, None)
             self._check_finite()
         return loss
 
@@ -185,7 +188,8 @@ class ProxyMatrix:
         bytes_per_row = self.optimizer.bytes_per_row + 4 * len(labels_B)
         budget = int(self.config.memory * 2**30)
         keep = len(rows) * bytes_per_row <= budget
-        chunk_bytes = min(budget, CPU_CHUNK_BYTES) if weight.device.type == "cpu" else budget
+        # The work on a chunk takes a few times what is kept of it.
+        chunk_bytes = min(budget // 4, CPU_CHUNK_BYTES) if weight.device.type == "cpu" else budget // 4
         chunks = split_into_chunks(
             rows,
             labels_B - partition.start,
@@ -194,18 +198,20 @@ class ProxyMatrix:
             table_device=weight.values.device,
             device=weight.device,
         )
-        proxies = SampledProxies(chunks, self.optimizer, step, keep, self._spare)
+        proxies = SampledProxies(chunks, self.optimizer, step, keep, self._spare, self.optimizer.num_finished)
         if keep and weight.values.device != weight.device:
-            proxies.prefetched = [self.optimizer.read(chunk.rows) for chunk in chunks]
+            proxies.prefetched = [proxies.read(chunk) for chunk in range(len(chunks))]
         return proxies
 
     def _check_finite(self) -> None:
         if self._unchecked is None:
             return
-        (step, finite_2B), self._unchecked = self._unchecked, None
+        (step, finite_2B, event), self._unchecked = self._unchecked, None
+        if event is not None:
+            event.synchronize()
         if bool(finite_2B.all()):
             return
-        embeddings_B = finite_2B[0].cpu().numpy()
+        embeddings_B = finite_2B[0].numpy()
         if embeddings_B.all():
             raise FloatingPointError(
                 f"step {step}: class proxies are nan or infinite although all embeddings are finite; lower --optim.lr "

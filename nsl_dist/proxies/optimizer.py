@@ -23,6 +23,7 @@ class DeferredSGD:
     Attributes:
         weight: the rows.
         velocity: their momentum buffer.
+        num_finished: steps that this optimiser has done.
 
     """
 
@@ -31,6 +32,7 @@ class DeferredSGD:
         self.velocity = weight.zeros_beside(weight.values.shape[1], dtype=weight.values.dtype)
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.num_finished = 0
         self.declare_current()
 
     @property
@@ -60,7 +62,8 @@ class DeferredSGD:
         if self._all_current:
             return self.weight.read(rows, out=weight_out), self.velocity.read(rows, out=velocity_out)
         weight_SD, velocity_SD = self.weight.read(rows), self.velocity.read(rows)
-        maps_22S1 = self._missed.since(self._step_of_C[rows]).to(weight_SD)[..., None]
+        maps_22S = self._missed.since(self._step_of_C[rows]).to(torch.float32)
+        maps_22S1 = maps_22S.to(weight_SD.device, non_blocking=True)[..., None]
         return (
             torch.mul(weight_SD, maps_22S1[0, 0], out=weight_out).addcmul_(velocity_SD, maps_22S1[0, 1]),
             torch.mul(weight_SD, maps_22S1[1, 0], out=velocity_out).addcmul_(velocity_SD, maps_22S1[1, 1]),
@@ -73,10 +76,14 @@ class DeferredSGD:
         weight_SD.add_(velocity_SD, alpha=-lr)
         self.weight.write(rows, weight_SD, stream=4 * step + 1)
         self.velocity.write(rows, velocity_SD, stream=4 * step + 2)
-        self._step_of_C[rows] = self._num_steps + 1
+        if isinstance(rows, slice):
+            self._step_of_C[rows].fill_(self._num_steps + 1)
+        else:
+            self._step_of_C.index_fill_(0, rows, self._num_steps + 1)
 
     def finish_step(self, num_updated: int, *, lr: float) -> None:
         """End a step that updated `num_updated` rows; for the others it goes on record."""
+        self.num_finished += 1
         self._num_steps += 1
         self._all_current = self._all_current and num_updated == self.weight.partition.num_rows
         self._missed.append([[1 - lr * self.weight_decay, -lr * self.momentum], [self.weight_decay, self.momentum]])
@@ -99,6 +106,7 @@ class RowwiseAdagrad:
     Attributes:
         weight: the rows.
         accumulator: `[C, 1]`, float32.
+        num_finished: steps that this optimiser has done.
 
     """
 
@@ -108,6 +116,7 @@ class RowwiseAdagrad:
         self.weight = weight
         self.accumulator = weight.zeros_beside(1, dtype=torch.float32)
         self.weight_decay = weight_decay
+        self.num_finished = 0
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -135,8 +144,9 @@ class RowwiseAdagrad:
         self.weight.write(rows, weight_SD, stream=4 * step + 1)
         self.accumulator.write(rows, accumulator_S1, stream=4 * step + 2)
 
-    def finish_step(self, num_updated: int, *, lr: float) -> None:
-        """Rows without a gradient do not move."""
+    def finish_step(self, num_updated: int, *, lr: float) -> None:  # noqa: ARG002
+        """End a step; rows without a gradient do not move."""
+        self.num_finished += 1
 
     def catch_up(self, *, step: int) -> None:
         """Rows without a gradient do not move."""
@@ -160,7 +170,7 @@ class _MapProducts:
 
     def append(self, new_map: list[list[float]]) -> None:
         """Bring all products forward by one step."""
-        new = torch.tensor(new_map, dtype=torch.float64).to(self._within.device)
+        new = torch.tensor(new_map, dtype=torch.float64).to(self._within.device, non_blocking=True)
         block = self._num_steps // self.STEPS_PER_BLOCK
         for products in (
             self._within[:, :, block * self.STEPS_PER_BLOCK : self._num_steps + 1],

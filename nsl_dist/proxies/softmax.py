@@ -50,6 +50,8 @@ class SampledProxies:
     """Keep proxies and logits from the forward to the backward pass, or make them again."""
     spare: deque[tuple[Tensor, Tensor]]
     """Memory that earlier reads are done with: new memory costs more than what is read into it."""
+    num_finished: int
+    """Steps that the optimiser had done when the proxies were read."""
     prefetched: list[tuple[Tensor, Tensor]] | None = None
     """What the optimiser read for each chunk, where that was done ahead."""
 
@@ -118,9 +120,11 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-        if ctx.proxies is None:
-            raise RuntimeError("a second backward pass would update the proxies twice; call loss again instead")
         proxies, queries_BD = ctx.proxies, ctx.queries_BD
+        if proxies.optimizer.num_finished != proxies.num_finished:
+            raise RuntimeError(
+                "the proxies were updated since this loss was computed; call loss and backward in turn, once each"
+            )
         grad_image = grad_loss / len(queries_BD)
         grad_queries_BD = torch.zeros_like(queries_BD)
         with torch.autocast(queries_BD.device.type, enabled=False):
@@ -145,7 +149,6 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
                 proxies.optimizer.update(chunk.rows, read, grad_SD, lr=ctx.lr, step=proxies.step)
                 proxies.release(index, read)
             proxies.optimizer.finish_step(sum(chunk.num_rows for chunk in proxies.chunks), lr=ctx.lr)
-        ctx.proxies = None
         grad_embeddings_bD = _reduce_scatter(grad_queries_BD.div_(ctx.temperature), ctx.group)
         if ctx.group is not None:
             # DDP averages the backbone's gradients over ranks; this loss is already a mean over the global batch.

@@ -1,5 +1,6 @@
 """A worker's rows of a matrix over all classes, in the memory of its device, of the host, or in a file."""
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -59,7 +60,7 @@ class Table:
         """
         self.partition = partition
         self.placement = placement
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
         self.directory = directory
         self.seed = seed
         self.initial_bound = initial_bound
@@ -151,7 +152,8 @@ def _map_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # random rows of small pages miss the TLB
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)  # random rows of small pages miss the TLB
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
