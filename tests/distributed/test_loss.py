@@ -15,11 +15,12 @@ from tests.distributed.workers import run
 
 DIM, BATCH, TEMPERATURE = 16, 24, 0.05
 CASES = [
-    (num_classes, sample_rate, step)
+    (num_classes, sample_rate, step, {})
     for num_classes in (97, 48, 3)  # 3: more workers than classes leaves empty partitions
     for sample_rate in (1.0, 0.1)
     for step in (0, 1)
 ]
+CASES += [(97, 0.1, 0, {"memory": 1e-6}), (97, 0.4, 0, {"correct_sampling": True})]
 
 
 def batch_of(num_classes: int, step: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -43,10 +44,21 @@ def sampled_classes(labels: np.ndarray, num_classes: int, sample_rate: float, st
     return np.concatenate(drawn)
 
 
+def log_multiplicities(classes: np.ndarray, labels: np.ndarray, num_classes: int, world_size: int) -> torch.Tensor:
+    """What the correction adds to the logits: log((C - P) / (n - P)) of each worker for its negatives (paper)."""
+    added = np.zeros(len(classes))
+    for rank in range(world_size):
+        part = Partition(num_classes, rank, world_size)
+        negative = (classes >= part.start) & (classes < part.stop) & ~np.isin(classes, labels)
+        num_positives = len({label for label in labels.tolist() if part.start <= label < part.stop})
+        added[negative] = np.log((part.num_rows - num_positives) / max(1, negative.sum()))
+    return torch.from_numpy(added)
+
+
 def dense_loss(
-    embeddings: torch.Tensor, proxies: torch.Tensor, labels: np.ndarray, classes: np.ndarray
+    embeddings: torch.Tensor, proxies: torch.Tensor, labels: np.ndarray, classes: np.ndarray, added: torch.Tensor
 ) -> torch.Tensor:
-    logits = F.normalize(embeddings) @ F.normalize(proxies[classes]).T / TEMPERATURE
+    logits = F.normalize(embeddings) @ F.normalize(proxies[classes]).T / TEMPERATURE + added
     column = {label: place for place, label in enumerate(classes.tolist())}
     return F.cross_entropy(logits, torch.tensor([column[label] for label in labels.tolist()]))
 
@@ -63,17 +75,19 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def check_loss(rank: int, world_size: int) -> None:
-    for num_classes, sample_rate, step in CASES:
+    for num_classes, sample_rate, step, options in CASES:
         embeddings, labels = batch_of(num_classes, step)
         part = Partition(num_classes, rank, world_size)
 
         dense_embeddings = embeddings.clone().requires_grad_()
         dense_proxies = initial_proxies(num_classes).requires_grad_()
         classes = sampled_classes(labels, num_classes, sample_rate, step, world_size)
-        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes)
+        added = log_multiplicities(classes, labels, num_classes, world_size)
+        added = added if "correct_sampling" in options else torch.zeros(1)
+        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes, added)
         exact.backward()
 
-        matrix = matrix_of(part, sample_rate=sample_rate)
+        matrix = matrix_of(part, sample_rate=sample_rate, **options)
         before = matrix.weight.values.clone()
         mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         local = embeddings[mine].float().requires_grad_()
@@ -107,7 +121,7 @@ def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
         noise, labels = batch_of(num_classes, step)
         embeddings = torch.from_numpy(centres[labels]) + 0.5 * noise
         classes = sampled_classes(labels, num_classes, 0.1, step, world_size)
-        exact = dense_loss(embeddings, dense, labels, classes)
+        exact = dense_loss(embeddings, dense, labels, classes, torch.zeros(1))
         reference.zero_grad(set_to_none=False)
         exact.backward()
         reference.param_groups[0]["lr"] = lr
@@ -132,7 +146,7 @@ def check_a_rank_without_images(rank: int, world_size: int) -> None:
     embeddings, _ = batch_of(9, 0)
     labels = np.arange(BATCH) % 3
     dense = initial_proxies(9).requires_grad_()
-    exact = dense_loss(embeddings, dense, labels, np.arange(9))
+    exact = dense_loss(embeddings, dense, labels, np.arange(9), torch.zeros(1))
     exact.backward()
     matrix = matrix_of(part, momentum=0.0)
     local = embeddings[rank * 6 : rank * 6 + 6].float().requires_grad_()
