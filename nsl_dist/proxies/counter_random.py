@@ -37,7 +37,8 @@ def uniform_rows(rows_S: Tensor, dim: int, *, bound: float, seed: int) -> Tensor
 def round_to_bfloat16(values_SD: Tensor, rows_S: Tensor, *, seed: int, stream: int) -> Tensor:
     """Round float32 `[S, D]` up or down to bfloat16 at random, so that the expected result is the value itself.
 
-    Rounded to the nearest, an update smaller than half of the last of bfloat16's 8 bits would be lost every time.
+    Rounded to the nearest, an update smaller than half of the last of bfloat16's 8 bits would be lost every time. This
+    way, a row that was rounded n times is off by a random walk of 2^-8 sqrt(n) of its length at most.
     """
     dim = values_SD.shape[1]
     noise_SD = random_bits(rows_S, -(-dim // 4), seed=seed, stream=stream).view(torch.int16)[:, :dim]

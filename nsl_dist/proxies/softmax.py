@@ -106,13 +106,8 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(sums_2B, group=group)
         normaliser_B, target_B = sums_2B
-        ctx.normaliser_B, ctx.proxies, ctx.lr, ctx.temperature, ctx.group = (
-            normaliser_B,
-            proxies,
-            lr,
-            temperature,
-            group,
-        )
+        ctx.normaliser_B, ctx.proxies = normaliser_B, proxies
+        ctx.lr, ctx.temperature, ctx.group = lr, temperature, group
         finite_2B = torch.stack([embeddings_BD.sum(dim=1), normaliser_B]).isfinite()
         ctx.mark_non_differentiable(finite_2B)
         return (normaliser_B.log() + ctx.shift - target_B).mean(), finite_2B
