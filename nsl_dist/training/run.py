@@ -191,7 +191,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     proxies = config.proxies
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
     numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
-    gib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**30
+    mib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**20
     resources = ray.cluster_resources()
     first_phase = (
         f"{config.optim.new_layers_epochs} epochs of the new layers, then " if config.optim.new_layers_epochs else ""
@@ -206,7 +206,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} "
         f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
         "proxies": f"{train['num_classes']:,} x {config.model.dim}, {sampled} sampled in each iteration; each worker "
-        f"keeps {rows:,} in {proxies.dtype}, {gib:.3g} GiB with the state of {proxies.optimizer}, placed on "
+        f"keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed on "
         f"{config.device if proxies.placement == 'device' else proxies.placement}",
         "batches": f"{config.data.classes_per_batch} classes x {config.data.images_per_class} images = "
         f"{config.data.batch_size}, {config.data.batch_size // config.num_workers} on each worker",

@@ -119,7 +119,7 @@ def test_output_says_what_it_does_and_found(finished: tuple[Path, str]) -> None:
     for text in (
         "140 images of 20 classes",
         "41 images of 9 unseen classes, 1 with one image, sure misses",
-        "20 x 16, 10 on each worker, 50% of them sampled",
+        "20 x 16, 50% sampled in each iteration; each worker keeps 10 in float32, 0.0 MiB with the state of sgd",
         "4 classes x 5 images = 20, 10 on each worker",
         "step 14/14",
         "images/s  data wait",
