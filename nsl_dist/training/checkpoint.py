@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nsl_dist.storage import MODEL_FILE
@@ -74,12 +73,9 @@ def _state(training: TrainingStep) -> dict[str, Any]:
 
 def _as_one_matrix(local_CD: Tensor, training: TrainingStep) -> Tensor:
     """View this worker's rows as its part of the whole matrix."""
-    if training.group is None or training.mesh is None:
+    if training.mesh is None:
         return local_CD
-    # A tensor elsewhere than its mesh would be copied there: proxies placed in host memory have a mesh of CPUs.
-    kind = local_CD.device.type
-    mesh = training.mesh if training.mesh.device_type == kind else DeviceMesh.from_group(training.group, kind)
     shape = torch.Size((training.proxies.partition.num_classes, local_CD.shape[1]))
-    whole = DTensor.from_local(local_CD, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+    whole = DTensor.from_local(local_CD, training.mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
     assert whole.to_local().data_ptr() == local_CD.data_ptr()
     return whole

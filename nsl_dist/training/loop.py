@@ -82,6 +82,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
         with last_checkpoint.as_directory() as directory:
             assert checkpoint.load(Path(directory), training, digest=manifest.digest) == first_step
 
+    labels_B = plan.batch(first_step).labels
     meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
     for step in range(first_step, schedule.num_steps):
         with meter.waiting():
@@ -92,9 +93,10 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
         turn = (int(batch["step"][0]), int(batch["rank"][0]))
         assert turn == (step, rank), f"rank {rank} expected its part of step {step}, got (step, rank) = {turn}"
 
-        loss = training.run(batch["image"], plan.batch(step).labels, step=step)
+        loss = training.run(batch["image"], labels_B, step=step)
         if step + 1 < schedule.num_steps:
-            training.proxies.prefetch(plan.batch(step + 1).labels, step=step + 1)
+            labels_B = plan.batch(step + 1).labels
+            training.proxies.prefetch(labels_B, step=step + 1)
 
         if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step:
             value = loss.item()

@@ -277,9 +277,8 @@ def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule, rates: li
             print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
             tracked.log(recall_metrics(record["evaluation"]), step=step)
             continue
-        if (
-            left := record.pop("seconds_left", None)
-        ) is not None:  # not the first step, which waits for the first batch
+        left = record.pop("seconds_left", None)
+        if left is not None:  # unknown after the first step, which waits for the first batch
             rates.append(record["images_per_second"])
         epoch = (step - 1) // schedule.steps_per_epoch + 1
         print(

@@ -25,7 +25,7 @@ class TrainingStep:
     Attributes:
         model: the bare embedding model.
         proxies: this worker's part of the class-proxy matrix.
-        mesh: the workers as torch.distributed.tensor names them; None for one alone.
+        mesh: the workers as torch.distributed.tensor names them, for the proxies; None for one alone.
         optimizer: of the model's trainable parameters; None where the phase trains the proxies alone.
         schedule: phases and learning rates.
 
@@ -45,7 +45,6 @@ class TrainingStep:
         self.config = config
         self.device = device
         self.group = group if world_size > 1 else None
-        self.mesh = DeviceMesh.from_group(self.group, device.type) if self.group is not None else None
         self.schedule = Schedule(config.optim, steps_per_epoch)
         self.dtype = autocast_dtype(config.precision, device)
         self.model = build_model(config.model, seed=config.seed).to(device)
@@ -58,6 +57,9 @@ class TrainingStep:
             device=device,
             group=self.group,
         )
+        # Of the device that the proxies are placed on: a DTensor copies what lies elsewhere than its mesh.
+        kind = self.proxies.weight.values.device.type
+        self.mesh = DeviceMesh.from_group(self.group, kind) if self.group is not None else None
         self.optimizer: torch.optim.SGD | None = None
         self.begin_phase(0)
 
