@@ -5,11 +5,11 @@ python jobs/prepare_shards.py --layout sop --root Stanford_Online_Products --out
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import tyro
 
 from nsl_dist.commandline import run_job
+from nsl_dist.config import Layout
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class PrepareConfig:
     """Folder or URI of the unpacked data set."""
     out: str
     """Folder or URI for the shards; on a cluster, one that all nodes can reach."""
-    layout: Literal["sop"] = "sop"
-    """Layout of the data set: sop is that of Stanford Online Products."""
+    layout: Layout | None = None
+    """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or a folder of images for each
+    class, the first half of them for training. None: recognised by its files."""
     max_undecodable: float = 0.01
     """Share of the images that may fail to decode; they are listed in the manifest and left out."""
 
@@ -31,14 +32,14 @@ def main() -> None:
     config = tyro.cli(PrepareConfig, args=sys.argv[1:], description=__doc__)
 
     from nsl_dist import cluster
-    from nsl_dist.data.layouts import read_sop
+    from nsl_dist.data.layouts import read_records, recognise
     from nsl_dist.data.shards import prepare
 
+    layout = config.layout or recognise(config.root)
+    records = read_records(config.root, layout=layout)
+    print(f"{config.root}: {len(records):,} images in the layout {layout}", flush=True)
     cluster.connect(num_cpus=1)
-    records = read_sop(config.root)
-    manifest = prepare(
-        records, root=config.root, out=config.out, layout=config.layout, max_undecodable=config.max_undecodable
-    )
+    manifest = prepare(records, root=config.root, layout=layout, out=config.out, max_undecodable=config.max_undecodable)
     for name, split in manifest.splits.items():
         print(
             f"{name}: {split['num_images']:,} images of {split['num_classes']:,} classes, "

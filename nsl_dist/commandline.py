@@ -1,27 +1,41 @@
 """Recipes, flags and errors of the jobs' command lines."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 
 import tyro
 
-from nsl_dist.config import TrainConfig
+from nsl_dist.config import Layout, TrainConfig
 from nsl_dist.recipes import RECIPES
 
 
-def parse_train_config(arguments: list[str], *, description: str) -> TrainConfig:
-    """Return the recipe named by `--recipe` (default: laptop) with the other flags applied.
+def parse_train_config(
+    arguments: list[str], *, description: str, recipe: str = "laptop", layout: Layout | None = None
+) -> TrainConfig:
+    """Return the recipe named by `--recipe` with the other flags applied.
+
+    Args:
+        arguments: of the command line.
+        description: printed by `--help`.
+        recipe: where the command line names none.
+        layout: of the job's data set, None for any; `--layout` overrides it.
 
     Raises:
-        ValueError: a value is out of range.
-        SystemExit: `--help`, or a flag that does not exist.
+        SystemExit: `--help`, a flag that does not exist, or a value out of range.
 
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=list(RECIPES), default="laptop")
-    recipe = first.parse_known_args(arguments)[0].recipe
-    return tyro.cli(TrainConfig, args=arguments, default=RECIPES[recipe](), description=description)
+    first.add_argument("--recipe", choices=list(RECIPES), default=recipe)
+    default = RECIPES[first.parse_known_args(arguments)[0].recipe]()
+    default = dataclasses.replace(default, data=dataclasses.replace(default.data, layout=layout))
+    return tyro.cli(TrainConfig, args=spell_out(arguments), default=default, description=description)
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """Let `--layout` stand for `--data.layout`, as in the jobs that only take a root."""
+    return [f"--data.{each[2:]}" if each.partition("=")[0] == "--layout" else each for each in arguments]
 
 
 def run_job(main: Callable[[], None]) -> None:

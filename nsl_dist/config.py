@@ -1,7 +1,9 @@
 """The configuration of a run: frozen, validated, every field with its unit. Recipes fill it in; flags override it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -14,8 +16,11 @@ class DataConfig:
     """Images, and how batches are made of them."""
 
     root: str | None = None
-    """Folder or URI of a raw Stanford Online Products folder (sharded once into --storage, cached by digest) or of
-    shards written by jobs/prepare_shards.py. None: built-in synthetic products."""
+    """Folder or URI of a raw data set (sharded once into --storage, cached by digest) or of shards written by
+    jobs/prepare_shards.py. None: built-in synthetic products."""
+    layout: Layout | None = None
+    """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or a folder of images for each
+    class, the first half of them for training. None: recognised by its files."""
     batch_size: int = 80
     """Images in a global batch, over all workers."""
     images_per_class: int = 5
@@ -161,23 +166,40 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Retrieval on the test split: every image queries the rest."""
+    """Retrieval on the test split: every image queries the rest, or the query split queries the gallery."""
 
     every: int = 0
     """Epochs between evaluations; 0 evaluates at the end only."""
     untrained: bool = False
     """Evaluate before the first iteration too, to show what training adds."""
-    recall_at: tuple[int, ...] = (1, 10, 100, 1000)
-    """Values of K for recall@K."""
+    recall_at: tuple[int, ...] | None = None
+    """Values of K for recall@K. None: those that the data set is reported with."""
+    nmi: bool = True
+    """Normalised mutual information of k-means clusters, at the end only: takes images x classes x dimensions."""
+    intervals: bool = False
+    """95% bootstrap intervals of the metrics, test classes resampled."""
     batch_size: int = 128
     """Images embedded at a time by one actor."""
     num_shards: int | None = None
-    """Shards of the gallery, searched in parallel and merged exactly. None: one for each node."""
+    """Shards of the gallery, searched in parallel and merged exactly. None: one for each GPU, or for each node."""
+    memory_budget: float = 4.0
+    """GiB that the search may take on a node for embeddings and neighbours; embeddings beyond it are memory-mapped."""
+    index: str | None = None
+    """faiss factory string of an approximate index for the float embeddings (IVF1024,Flat, HNSW32, OPQ16,IVF256,PQ16),
+    one in each shard; its recall against exact search is measured on a sample. None: exact search."""
+    index_parameters: str | None = None
+    """Search parameters of --eval.index as faiss names them: nprobe=16 or efSearch=128."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"--eval.every {self.every} must be >= 0")
         _require(
-            len(self.recall_at) > 0 and min(self.recall_at) >= 1, f"--eval.recall-at {self.recall_at} must all be >= 1"
+            self.recall_at is None or (len(self.recall_at) > 0 and min(self.recall_at) >= 1),
+            f"--eval.recall-at {self.recall_at} must all be >= 1",
+        )
+        _require(self.memory_budget > 0, f"--eval.memory-budget {self.memory_budget} must be positive")
+        _require(
+            self.index_parameters is None or self.index is not None,
+            f"--eval.index-parameters {self.index_parameters} are of an approximate index; give --eval.index too",
         )
         _require(self.batch_size >= 1, f"--eval.batch-size {self.batch_size} must be >= 1")
         _require(self.num_shards is None or self.num_shards >= 1, f"--eval.num-shards {self.num_shards} must be >= 1")
@@ -189,8 +211,8 @@ class TrackingConfig:
 
     uri: str | None = None
     """MLflow server or database. None: sqlite:///STORAGE/mlflow.db, or ~/nsl_dist/mlflow.db where storage is remote."""
-    experiment: str = "sop"
-    """MLflow experiment."""
+    experiment: str | None = None
+    """MLflow experiment. None: the layout of the data set."""
     every: int = 10
     """Iterations between logged metrics and lines of progress."""
 
@@ -199,11 +221,45 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class TestDataConfig:
+    """What a checkpoint is evaluated on."""
+
+    root: str | None = None
+    """Folder or URI of a raw data set or of shards, as for training. None: that of the checkpoint's own run."""
+    layout: Layout | None = None
+    """Layout of the data set. None: recognised by its files."""
+    max_undecodable: float = 0.01
+    """Share of the images that may fail to decode when a raw folder is sharded; they are listed and left out."""
+    unrelated: bool = False
+    """Evaluate on another data set than the checkpoint was trained on. Its test classes must not have been trained on
+    under another name: nothing can check that."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """An evaluation: checkpoint, data, search, where it runs and where it is kept."""
+
+    checkpoint: str
+    """Folder or URI of a checkpoint, or of a run: then its newest checkpoint."""
+    run_id: str | None = None
+    """MLflow run that the metrics are added to, at the checkpoint's step. None: MLflow is left alone."""
+    storage: str = "~/nsl_dist"
+    """Folder or URI where shards, embeddings and results go; on a cluster, one that all nodes can reach."""
+    tracking_uri: str | None = None
+    """MLflow server or database of --run-id. None: sqlite:///STORAGE/mlflow.db, or ~/nsl_dist/mlflow.db where storage
+    is remote."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to embed and to search. auto: cuda if the cluster has GPUs."""
+    data: TestDataConfig = field(default_factory=TestDataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A run: data, model, proxies, optimisation, evaluation, where it runs and where it is kept."""
 
     recipe: str = "laptop"
-    """The recipe that the other flags start from: laptop, or the paper's sop_resnet50."""
+    """The recipe that the other flags start from: laptop, or the paper's for a data set (see recipes.py)."""
     storage: str = "~/nsl_dist"
     """Folder or URI where runs, checkpoints and shards go; on a cluster, one that all nodes can reach."""
     run_name: str | None = None
@@ -249,3 +305,21 @@ class TrainConfig:
                 bool(self.run_name) and "/" not in self.run_name and not self.run_name.startswith("."),
                 f"--run-name {self.run_name!r} must be a folder name without a slash or leading dot",
             )
+
+
+def config_from_dict(fields: dict[str, Any]) -> TrainConfig:
+    """Return the configuration that `dataclasses.asdict` turned into `fields`, after a trip through JSON too.
+
+    Raises:
+        TypeError: a field is unknown: it was written by another release.
+        ValueError: a value is out of range.
+
+    """
+    parts = {
+        "data": DataConfig, "model": ModelConfig, "proxies": ProxyConfig, "optim": OptimConfig,
+        "checkpoint": CheckpointConfig, "eval": EvalConfig, "tracking": TrackingConfig,
+    }  # fmt: skip
+    fields = {name: parts[name](**value) if name in parts else value for name, value in fields.items()}
+    if fields["eval"].recall_at is not None:
+        fields["eval"] = replace(fields["eval"], recall_at=tuple(fields["eval"].recall_at))  # a list in JSON
+    return TrainConfig(**fields)

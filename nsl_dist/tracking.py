@@ -15,19 +15,8 @@ from nsl_dist.config import TrainConfig
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
-def tracking_uri(config: TrainConfig) -> str:
-    """Return the configured MLflow URI, or that of a SQLite database beside the runs."""
-    if config.tracking.uri is not None:
-        return config.tracking.uri
-    return f"sqlite:///{_local_root(config)}/mlflow.db"
-
-
-def _local_root(config: TrainConfig) -> str:
-    return storage.absolute("~/nsl_dist" if "://" in config.storage else config.storage)
-
-
-class TrackedRun:
-    """One MLflow run: parameters at its start, metrics by global step, files at its end.
+class Tracker:
+    """MLflow, and one run in it: parameters at its start, metrics by global step, files at its end.
 
     Attributes:
         run_id: MLflow's, once `start` was called.
@@ -35,47 +24,52 @@ class TrackedRun:
 
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Open the experiment; the first time, MLflow sets its database up for seconds.
+    def __init__(self, uri: str | None, *, storage_root: str) -> None:
+        """Connect; the first time, MLflow sets its database up for seconds.
+
+        Args:
+            uri: MLflow server or database; None: a SQLite database in `storage_root`, or where that is remote in the
+                user's own folder.
+            storage_root: folder or URI of the runs.
 
         Raises:
             ValueError: the tracking URI cannot be used.
 
         """
         self.run_id = ""
-        uri = tracking_uri(config)
+        local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
+        self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
+        uri = uri or f"sqlite:///{local_root}/mlflow.db"
         self.uri = _CREDENTIALS.sub("://***@", uri)
         try:
             self._client = MlflowClient(tracking_uri=uri)
-            experiment = self._client.get_experiment_by_name(config.tracking.experiment)
-            if experiment is None:
-                artifacts = None if uri.startswith("http") else storage.join(_local_root(config), "mlartifacts")
-                self._experiment_id = self._client.create_experiment(
-                    config.tracking.experiment, artifact_location=artifacts
-                )
-            else:
-                self._experiment_id = experiment.experiment_id
+            self._client.search_experiments(max_results=1)
         except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise ValueError(f"--tracking.uri {self.uri} cannot be used: {error}") from error
+            raise ValueError(f"the tracking URI {self.uri} cannot be used: {error}") from error
 
-    def start(self, config: TrainConfig, *, digest: str, run_id: str | None) -> None:
-        """Create a run with the configuration and the data's digest as parameters, or go on with `run_id`.
+    def resume(self, run_id: str) -> None:
+        """Go on with a run.
 
         Raises:
-            ValueError: MLflow does not know `run_id`.
+            ValueError: MLflow does not know it.
 
         """
-        if run_id is not None:
-            try:
-                self._client.update_run(run_id, status="RUNNING")
-            except mlflow.exceptions.MlflowException as error:
-                raise ValueError(
-                    f"run {config.run_name} was tracked elsewhere: {self.uri} has no MLflow run {run_id} ({error}); "
-                    "give its --tracking.uri, or choose another --run-name"
-                ) from error
-            self.run_id = run_id
-            return
-        self.run_id = self._client.create_run(self._experiment_id, run_name=config.run_name).info.run_id
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except mlflow.exceptions.MlflowException as error:
+            raise ValueError(
+                f"{self.uri} has no MLflow run {run_id} ({error}); give the tracking URI that it was tracked with"
+            ) from error
+        self.run_id = run_id
+
+    def start(self, config: TrainConfig, *, experiment: str, digest: str) -> None:
+        """Create a run with the configuration and the data's digest as parameters."""
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            experiment_id = self._client.create_experiment(experiment, artifact_location=self._artifacts)
+        else:
+            experiment_id = found.experiment_id
+        self.run_id = self._client.create_run(experiment_id, run_name=config.run_name).info.run_id
         params = {**_flatten(dataclasses.asdict(config)), "data.digest": digest}
         self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
 

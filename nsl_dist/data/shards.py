@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from nsl_dist import storage
-from nsl_dist.data.layouts import RECORDS_SCHEMA, is_sop, read_sop
+from nsl_dist.config import Layout
+from nsl_dist.data.layouts import RECORDS_SCHEMA, read_records, recognise
+from nsl_dist.data.synthetic import write_products
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 * 2**20
@@ -68,6 +70,11 @@ class Split:
         return len(self.sizes)
 
     @property
+    def offsets(self) -> NDArray[np.int64]:
+        """For each class, the number of images before its first, `[num_classes + 1]`."""
+        return np.concatenate([[0], np.cumsum(self.sizes)])
+
+    @property
     def num_images(self) -> int:
         """Images of all classes."""
         return int(self.sizes.sum())
@@ -94,13 +101,22 @@ class Manifest:
     """What `manifest.json` says of a folder of shards, and where that folder is."""
 
     root: str
-    layout: str
+    layout: Layout
     source: str
     digest: str
     splits: dict[str, dict[str, int]]
     undecodable: list[dict[str, str]]
     shards: list[dict[str, Any]]
     version: int = FORMAT_VERSION
+
+    @property
+    def evaluation_splits(self) -> tuple[str, str]:
+        """The splits that query and that are searched: the same one where every image queries the rest."""
+        return ("query", "gallery") if "query" in self.splits else ("test", "test")
+
+    def class_ids(self, split: str) -> pa.ChunkedArray:
+        """Return the data set's own names of a split's classes, in order of label."""
+        return self._classes(split, ["class_id"])["class_id"]
 
     def split(self, name: str) -> Split:
         """Load the classes of one split.
@@ -111,8 +127,7 @@ class Manifest:
         """
         if name not in self.splits:
             raise ValueError(f"{self.root} has no split {name!r}, only {', '.join(self.splits)}")
-        filesystem, path = storage.resolve(storage.join(self.root, "classes.parquet"))
-        table = pq.read_table(path, filesystem=filesystem, filters=[("split", "=", name)])
+        table = self._classes(name, ["num_images", "shard", "row_group"])
         shards = table["shard"].combine_chunks().dictionary_encode()
         return Split(
             root=self.root,
@@ -121,6 +136,10 @@ class Manifest:
             shards=shards.indices.to_numpy(),
             row_groups=table["row_group"].to_numpy().astype(np.int32),
         )
+
+    def _classes(self, split: str, columns: list[str]) -> pa.Table:
+        filesystem, path = storage.resolve(storage.join(self.root, "classes.parquet"))
+        return pq.read_table(path, filesystem=filesystem, columns=columns, filters=[("split", "=", split)])
 
 
 def is_prepared(root: str) -> bool:
@@ -168,40 +187,61 @@ def records_digest(records: pa.Table, *, layout: str) -> str:
     return digest.hexdigest()
 
 
-def open_or_prepare(root: str, *, cache: str, max_undecodable: float) -> Manifest:
+def layout_of(root: str, layout: Layout | None) -> Layout:
+    """Return the layout of a raw folder or of shards.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the layout is unknown or ambiguous, or the shards are of another than `layout`.
+
+    """
+    root = storage.absolute(root)
+    if not is_prepared(root):
+        return layout or recognise(root)
+    prepared: Layout = load_manifest(root).layout
+    if layout not in (None, prepared):
+        raise ValueError(f"{root} holds shards of layout {prepared}, not {layout}; leave --layout out")
+    return prepared
+
+
+def open_data(root: str | None, *, layout: Layout | None, storage_root: str, max_undecodable: float) -> Manifest:
+    """Open the data of a run: shards, a raw folder sharded once into `storage_root`, or for None synthetic products.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: its contents are refused, or there is too little to evaluate on.
+
+    """
+    if root is None:
+        root = write_products(storage.join(storage_root, "synthetic"))
+    layout = layout_of(root, layout)
+    cache = storage.join(storage_root, "shards")
+    manifest = open_or_prepare(root, layout=layout, cache=cache, max_undecodable=max_undecodable)
+    query, gallery = manifest.evaluation_splits
+    if (num_images := manifest.split(gallery).num_images) < (2 if query == gallery else 1):
+        raise ValueError(f"{root}: the test split has {num_images} image, too few for one to be found by another")
+    return manifest
+
+
+def open_or_prepare(root: str, *, layout: Layout, cache: str, max_undecodable: float) -> Manifest:
     """Open prepared shards, or prepare a raw folder into `cache/DIGEST` unless that was done before.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: it is neither shards nor a known layout, or its contents are refused (see `read_sop`, `prepare`).
+        ValueError: its contents are refused (see `read_records`, `prepare`).
 
     """
     root = storage.absolute(root)
     if is_prepared(root):
         return load_manifest(root)
-    records = read_records(root)
-    out = storage.join(cache, records_digest(records, layout="sop")[:16])
+    records = read_records(root, layout=layout)
+    out = storage.join(cache, records_digest(records, layout=layout)[:16])
     if not is_prepared(out):
         print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
-    return prepare(records, root=root, out=out, max_undecodable=max_undecodable)
+    return prepare(records, root=root, layout=layout, out=out, max_undecodable=max_undecodable)
 
 
-def read_records(root: str) -> pa.Table:
-    """Read the records of a raw folder, its layout recognised by its split files."""
-    if not storage.exists(root):
-        raise FileNotFoundError(
-            f"no such folder: {root}; set --data.root to an unpacked Stanford_Online_Products folder or to shards "
-            "written by jobs/prepare_shards.py"
-        )
-    if not is_sop(root):
-        raise ValueError(
-            f"{root} holds neither shards (manifest.json) nor Stanford Online Products (Ebay_train.txt, "
-            "Ebay_test.txt); set --data.root to one of them"
-        )
-    return read_sop(root)
-
-
-def prepare(records: pa.Table, *, root: str, out: str, max_undecodable: float, layout: str = "sop") -> Manifest:
+def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undecodable: float) -> Manifest:
     """Write shards and manifest of a data set, one shard at a time on every CPU of the cluster, with progress.
 
     Undecodable images are left out and listed in the manifest. The manifest is written last: a folder without one is
@@ -210,9 +250,9 @@ def prepare(records: pa.Table, *, root: str, out: str, max_undecodable: float, l
     Args:
         records: with `RECORDS_SCHEMA`, ordered by split and class.
         root: folder or URI that the records' paths start from.
+        layout: named in the manifest.
         out: folder or URI to write to.
         max_undecodable: share of the images above which preparation stops.
-        layout: named in the manifest.
 
     Raises:
         ValueError: too many images are undecodable, or `out` holds another data set.

@@ -57,7 +57,7 @@ class Product:
 
 
 def write_products(cache: str, spec: Spec | None = None) -> str:
-    """Render a data set below `cache` unless it is there; return its root, in the layout of `layouts.read_sop`.
+    """Render a data set below `cache` unless it is there; return its root, in the layout of Stanford Online Products.
 
     Half of the photographs of one product in twenty are grayscale, as some of the real data set are.
     """

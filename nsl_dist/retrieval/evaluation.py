@@ -1,78 +1,212 @@
-"""The evaluation of a model on a split: embed, search, measure."""
+"""The evaluation of a model: embed, search, measure, float and binary."""
 
+import dataclasses
+import json
+import re
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
+from pyarrow import fs
 from ray.util.queue import Queue
 
-from nsl_dist import storage
-from nsl_dist.config import TrainConfig
-from nsl_dist.data.shards import Manifest
-from nsl_dist.retrieval.embed import embed_split
-from nsl_dist.retrieval.metrics import first_match, recall_at_k
-from nsl_dist.retrieval.search import self_retrieval, start_shards
+from nsl_dist import cluster, storage
+from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, config_from_dict
+from nsl_dist.data.shards import Manifest, layout_of, open_data
+from nsl_dist.progress import duration
+from nsl_dist.retrieval.clustering import cluster_nmi
+from nsl_dist.retrieval.embed import embed, embeddings_key
+from nsl_dist.retrieval.metrics import Ranks, bootstrap_intervals, join, rank, recall_at_k
+from nsl_dist.retrieval.search import Kind, open_gallery, search
+
+# What each data set is reported with (paper, section 4.1).
+RECALL_AT: dict[Layout, tuple[int, ...]] = {
+    "sop": (1, 10, 100, 1000),
+    "inshop": (1, 10, 20, 30, 40, 50),
+    "cub200": (1, 2, 4, 8),
+    "cars196": (1, 2, 4, 8),
+    "folders": (1, 10, 100),
+}
+KINDS: tuple[Kind, ...] = ("float", "binary")
+SAMPLED_BLOCKS, SAMPLED_AT_ONCE = 16, 64  # queries that compare an approximate index with exact search
 
 
-def evaluate(
-    weights: str | None, config: TrainConfig, manifest: Manifest, *, run_dir: str, step: int, num_gpus: int
-) -> dict[str, Any]:
-    """Evaluate on the test split, every image querying the rest, with float and with binary embeddings.
+@dataclass(frozen=True)
+class _Judge:
+    """What a block of neighbours is boiled down to, where it was found."""
+
+    query_labels: NDArray[np.int64]
+    gallery_labels: NDArray[np.int64]
+    num_relevant: NDArray[np.int64]
+
+    def __call__(self, ids: range, neighbour_ids: NDArray[np.int64]) -> Ranks:
+        part = slice(ids.start, ids.stop)
+        return rank(neighbour_ids, self.query_labels[part], self.gallery_labels, self.num_relevant[part])
+
+
+def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int) -> dict[str, Any]:
+    """Evaluate on the test split, every image querying the rest, or on the query split against the gallery.
 
     Args:
         weights: file or URI of the model's state; None evaluates the weights that training starts from.
-        config: of the run.
+        config: of the run; embeddings go to `embeddings` below its storage, and are kept for the next evaluation.
         manifest: of the shards.
-        run_dir: folder or URI of the run; the embeddings go to `embeddings/step-STEP` below it.
-        step: iterations that the model was trained for.
-        num_gpus: GPUs to embed with; 0 embeds on CPUs.
+        num_gpus: GPUs to embed and search with; 0 does so on CPUs.
 
     Returns:
-        `recall` by kind and K (shares), counts, `seconds` by phase and `images_per_second` of embedding.
+        `recall` by kind and K, `r_precision`, `map_at_r` and `nmi` by kind (all shares), `bytes_per_vector` by kind,
+        counts, `seconds` by phase; `intervals` and `index` where the configuration asks for them.
+
+    Raises:
+        ValueError: the model's embeddings have no direction, or the approximate index cannot be built.
 
     """
-    split = manifest.split("test")
-    out = storage.join(run_dir, "embeddings", f"step-{step}")
+    content = storage.read_bytes(weights) if weights is not None else None
+    key = embeddings_key(content, config, manifest, num_gpus=num_gpus)
     started = time.monotonic()
-    num_images = embed_split(weights, config, split, out=out, num_gpus=num_gpus)
-    if num_images != split.num_images:
-        raise RuntimeError(f"{out} holds {num_images} embeddings, the test split {split.num_images} images")
+    sets = embed(content, config, manifest, out=storage.join(config.storage, "embeddings", key), num_gpus=num_gpus)
     seconds = {"embed": time.monotonic() - started}
 
-    labels = np.repeat(np.arange(split.num_classes), split.sizes)
-    deepest = min(max(config.eval.recall_at), num_images - 1)
-    num_shards = config.eval.num_shards or sum(node["Alive"] for node in ray.nodes())
-    started = time.monotonic()
-    shards = start_shards(out, num_images=num_images, num_shards=num_shards)
-    seconds["index"] = time.monotonic() - started
-    recall = {}
-    for kind in ("float", "binary"):
-        started = time.monotonic()
-        blocks = self_retrieval(out, shards, num_images=num_images, k=deepest, kind=kind)
-        matches = np.concatenate([first_match(ids, queries.labels, labels) for queries, ids in blocks])
-        seconds[f"search_{kind}"] = time.monotonic() - started
+    queries, gallery = (sets[name] for name in manifest.evaluation_splits)
+    labels = {name: each.read_all("label", range(each.num_vectors)) for name, each in sets.items()}
+    query_labels, gallery_labels = labels[queries.split], labels[gallery.split]
+    own = 1 if queries == gallery else 0
+    num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
+    num_relevant = num_of_class[query_labels] - own
+    judge = _Judge(query_labels, gallery_labels, num_relevant)
+    recall_at = config.eval.recall_at or RECALL_AT[manifest.layout]
+    most = gallery.num_vectors - own
+    k = min(max(*recall_at, int(num_relevant.max())), most)
+    if max(recall_at) > most:
+        print(f"recall@{max(recall_at)} asks for all of the {most:,} images that there are", flush=True)
+
+    results: dict[str, Any] = {name: {} for name in ("recall", "r_precision", "map_at_r")}
+    for kind in KINDS:
+        approximate = config.eval.index is not None and kind == "float"
+        sample: list[NDArray[np.int64]] = []
+        with open_gallery(gallery, kind, config.eval, k=k, num_gpus=num_gpus) as opened:
+            if approximate:
+                blocks = _sample(queries.num_vectors)
+                sample = list(search(queries, opened, _neighbours, k=k, blocks=blocks))
+            else:
+                started = time.monotonic()
+                ranks = join(list(search(queries, opened, judge, k=k)))
+                seconds[f"search_{kind}"] = time.monotonic() - started
+            if config.eval.nmi:
+                started = time.monotonic()
+                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, gallery_labels)
+                seconds[f"nmi_{kind}"] = time.monotonic() - started
+        if approximate:
+            started = time.monotonic()
+            with open_gallery(gallery, kind, config.eval, k=k, num_gpus=0, exact=False) as opened:
+                seconds["index"] = time.monotonic() - started
+                found = list(search(queries, opened, _neighbours, k=k, blocks=blocks))
+                started = time.monotonic()
+                ranks = join(list(search(queries, opened, judge, k=k)))
+                seconds["search_float"] = time.monotonic() - started
+            results["index"] = {
+                "factory": config.eval.index,
+                "parameters": config.eval.index_parameters,
+                "sampled_queries": sum(map(len, sample)),
+                "recall_of_exact": _overlap(np.concatenate(found), np.concatenate(sample), recall_at, k),
+            }
         # K beyond the gallery asks for all of it.
-        recall[kind] = {str(k): recall_at_k(matches, min(k, deepest)) for k in config.eval.recall_at}
-    return {
-        "recall": recall,
-        "num_queries": num_images,
-        "num_gallery": num_images,
-        "num_classes": split.num_classes,
-        "num_singleton_classes": split.num_singletons,
+        results["recall"][kind] = {str(at): recall_at_k(ranks.first_match, min(at, k)) for at in recall_at}
+        results["r_precision"][kind] = float(ranks.r_precision.mean())
+        results["map_at_r"][kind] = float(ranks.average_precision_at_r.mean())
+        if config.eval.intervals:
+            results.setdefault("intervals", {})[kind] = _intervals(ranks, query_labels, recall_at, k)
+    return results | {
+        "bytes_per_vector": {"float": 4 * gallery.dim, "binary": gallery.code_bytes},
+        "num_queries": queries.num_vectors,
+        "num_gallery": gallery.num_vectors,
+        "num_classes": len(np.unique(query_labels)),
+        "num_queries_without_match": int((num_relevant == 0).sum()),
         "seconds": seconds,
-        "images_per_second": num_images / seconds["embed"],
     }
 
 
+def _neighbours(_: range, neighbour_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    return neighbour_ids
+
+
+def _sample(num_queries: int) -> list[range]:
+    starts = np.linspace(0, max(0, num_queries - SAMPLED_AT_ONCE), SAMPLED_BLOCKS).astype(int).tolist()
+    return [range(start, min(start + SAMPLED_AT_ONCE, num_queries)) for start in dict.fromkeys(starts)]
+
+
+def _overlap(
+    found: NDArray[np.int64], exact: NDArray[np.int64], recall_at: tuple[int, ...], k: int
+) -> dict[str, float]:
+    """Return which share of the exact `at` nearest are among the `at` that an approximate index found."""
+    shares = {}
+    for at in recall_at:
+        depth = min(at, k)
+        both = [np.isin(a[:depth], b[:depth]).sum() for a, b in zip(exact, found, strict=True)]
+        shares[str(at)] = float(np.sum(both) / (depth * len(exact)))
+    return shares
+
+
+def _intervals(
+    ranks: Ranks, query_labels: NDArray[np.int64], recall_at: tuple[int, ...], k: int
+) -> dict[str, list[float]]:
+    values = {f"recall_at_{at}": (ranks.first_match < min(at, k)).astype(float) for at in recall_at}
+    values |= {"r_precision": ranks.r_precision, "map_at_r": ranks.average_precision_at_r}
+    bounds = bootstrap_intervals(np.stack(list(values.values()), axis=1), query_labels)
+    return dict(zip(values, bounds.tolist(), strict=True))
+
+
+def metrics_by_name(results: dict[str, Any]) -> dict[str, float]:
+    """Return `evaluate`'s metrics by the names that MLflow knows them by: `recall_at_1_float`."""
+    named = {f"recall_at_{k}_{kind}": share for kind, by_k in results["recall"].items() for k, share in by_k.items()}
+    for metric in ("r_precision", "map_at_r", "nmi"):
+        named |= {f"{metric}_{kind}": share for kind, share in results.get(metric, {}).items()}
+    return named
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return evaluations as a table for a person, metrics in %.
+
+    Args:
+        results: of `evaluate`, by what to call them.
+
+    """
+    first = next(iter(results.values()))
+    ks = list(first["recall"]["float"])
+    lines = [
+        f"{first['num_queries']:,} queries of {first['num_classes']:,} unseen classes, {first['num_gallery']:,} images "
+        "to find; metrics in %"
+    ]
+    if first["num_queries_without_match"]:
+        lines.append(f"{first['num_queries_without_match']:,} queries have no match to find and count as misses")
+    heads = [f"R@{k}" for k in ks] + ["R-prec", "MAP@R", "NMI", "bytes", "search s"]
+    lines.append(f"{'':20}" + "".join(f"{head:>9}" for head in heads))
+    for name, result in results.items():
+        for kind in KINDS:
+            shares = [result["recall"][kind][k] for k in ks] + [result["r_precision"][kind], result["map_at_r"][kind]]
+            nmi = f"{100 * result['nmi'][kind]:9.2f}" if "nmi" in result else f"{'-':>9}"
+            seconds = result["seconds"][f"search_{kind}"]
+            lines.append(
+                f"{f'{name} {kind}'.strip():20}" + "".join(f"{100 * share:9.2f}" for share in shares) + nmi
+                + f"{result['bytes_per_vector'][kind]:9,}{seconds:9.1f}"
+            )  # fmt: skip
+            for metric, (low, high) in result.get("intervals", {}).get(kind, {}).items():
+                lines.append(f"{'':20} {metric.replace('_', ' ')}: {100 * low:.2f} to {100 * high:.2f} (95%)")
+        if "index" in result:
+            index = result["index"]
+            shares = [f"{k}: {100 * share:.1f}" for k, share in index["recall_of_exact"].items()]
+            lines.append(
+                f"{'':20} index {index['factory']} {index['parameters'] or ''}: of the exact K nearest it finds, in %, "
+                f"K = {', '.join(shares)} ({index['sampled_queries']:,} queries)"
+            )
+    return "\n".join(lines)
+
+
 def evaluate_checkpoint(
-    checkpoint: Any,
-    *,
-    step: int,
-    config: TrainConfig,
-    manifest: Manifest,
-    run_dir: str,
-    progress: Queue,
+    checkpoint: Any, *, step: int, config: TrainConfig, manifest: Manifest, run_dir: str, progress: Queue
 ) -> dict[str, float]:
     """Evaluate a checkpoint beside the training: a validation function of Ray Train.
 
@@ -81,17 +215,17 @@ def evaluate_checkpoint(
         step: iterations before it.
         config: of the run.
         manifest: of the shards.
-        run_dir: that the checkpoint and the embeddings lie in.
+        run_dir: that the checkpoint lies in.
         progress: takes the full result to the driver.
 
     Returns:
         Metrics for Ray Train to keep with the checkpoint.
 
     """
-    weights = model_location(checkpoint, run_dir)
-    results = evaluate(weights, config, manifest, run_dir=run_dir, step=step, num_gpus=0)  # training holds the GPUs
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, nmi=False))
+    results = evaluate(model_location(checkpoint, run_dir), config, manifest, num_gpus=0)  # training holds the GPUs
     progress.put({"step": step, "evaluation": results})
-    return recall_metrics(results)
+    return metrics_by_name(results)
 
 
 def model_location(checkpoint: Any, run_dir: str) -> str:
@@ -99,6 +233,126 @@ def model_location(checkpoint: Any, run_dir: str) -> str:
     return storage.join(run_dir, checkpoint.path.rpartition("/")[2], storage.MODEL_FILE)
 
 
-def recall_metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Return `evaluate`'s recall by name of metric."""
-    return {f"recall_at_{k}_{kind}": share for kind, by_k in results["recall"].items() for k, share in by_k.items()}
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate a checkpoint by itself; show progress and results; return what is written to `results.json`.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the data is not there.
+        ValueError: checkpoint, data, cluster or MLflow cannot give this evaluation.
+
+    """
+    config = dataclasses.replace(config, storage=storage.absolute(config.storage))
+    checkpoint = find_checkpoint(config.checkpoint)
+    trained = json.loads(storage.read_bytes(storage.join(checkpoint, "run.json")))
+    try:
+        settings = config_from_dict(trained["config"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{checkpoint}/run.json is of another release of nsl_dist: {error}") from error
+    storage.check_writable(config.storage)
+    tracker = None
+    if config.run_id is not None:
+        from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
+
+        tracker = Tracker(config.tracking_uri, storage_root=config.storage)
+        tracker.resume(config.run_id)
+
+    cluster.connect(num_cpus=2)
+    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if config.device != "cpu" else 0
+    if config.device == "cuda" and num_gpus == 0:
+        raise ValueError("--device cuda needs GPUs, the cluster has none; leave it out, or add nodes")
+    manifest = _open_test_data(config, settings, trained["digest"])
+    settings = dataclasses.replace(settings, storage=config.storage, eval=config.eval)
+    weights = storage.join(checkpoint, storage.MODEL_FILE)
+    _check_weights(weights, settings)
+    query, gallery = manifest.evaluation_splits
+    images = f"{manifest.splits[query]['num_images']:,} images of {manifest.splits[query]['num_classes']:,} classes"
+    searched = "the rest" if query == gallery else f"{manifest.splits[gallery]['num_images']:,} images of the gallery"
+    lines = {
+        "checkpoint": f"{checkpoint}, after {trained['step']:,} iterations",
+        "model": f"{settings.model.backbone}, {settings.model.dim} dimensions, {settings.data.image_size} pixels",
+        "data": f"{manifest.root} (digest {manifest.digest[:16]}, layout {manifest.layout})",
+        "search": f"{images} query {searched}; {config.eval.index or 'exact'}, {config.eval.memory_budget:g} GiB",
+        "cluster": f"{ray.cluster_resources().get('CPU', 0):g} CPUs and {num_gpus} GPUs",
+        "MLflow": f"run {config.run_id} of {tracker.uri}" if tracker else "left alone; --run-id adds to a run",
+    }
+    print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)
+
+    started = time.monotonic()
+    results = evaluate(weights, settings, manifest, num_gpus=num_gpus)
+    results |= {
+        "checkpoint": checkpoint,
+        "step": trained["step"],
+        "data": {"digest": manifest.digest, "source": manifest.source, **manifest.splits},
+        "config": dataclasses.asdict(config),
+    }
+    content = json.dumps(results, indent=1)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained['step']}"
+    location = storage.join(config.storage, "evaluations", name, "results.json")
+    storage.write_bytes(location, content.encode())
+    if tracker is not None:
+        tracker.log(metrics_by_name(results), step=trained["step"])
+        tracker.log_file(f"evaluations/{name}.json", content)
+        tracker.finish(status="FINISHED")
+    print(f"\n{table({'': results})}\n{duration(time.monotonic() - started)} in all\nresults: {location}", flush=True)
+    return results
+
+
+def find_checkpoint(location: str) -> str:
+    """Return the checkpoint that is meant: the folder itself, or the newest below the folder of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+
+    """
+    location = storage.absolute(location).rstrip("/")
+    if storage.exists(storage.join(location, "run.json")):
+        return location
+    filesystem, path = storage.resolve(location)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in found if re.match(r"checkpoint_", info.base_name))
+    for name in reversed(names):
+        if storage.exists(storage.join(location, name, "run.json")):
+            return storage.join(location, name)
+    raise FileNotFoundError(
+        f"no checkpoint in {location}: it has neither run.json nor a folder checkpoint_*; give the folder of a run "
+        "(STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
+    )
+
+
+def _open_test_data(config: EvaluateConfig, settings: TrainConfig, digest: str) -> Manifest:
+    """Open the data to evaluate on; refuse other data than that of the training unless it was asked for."""
+    root = config.data.root or settings.data.root
+    layout = layout_of(root, config.data.layout) if root is not None else "sop"
+    manifest = open_data(root, layout=layout, storage_root=config.storage, max_undecodable=config.data.max_undecodable)
+    if manifest.digest != digest and not config.data.unrelated:
+        raise ValueError(
+            f"the checkpoint was trained on data of digest {digest[:16]}, {manifest.root} has {manifest.digest[:16]}: "
+            "its test classes may have been trained on; give the data of the training as --data.root, or "
+            "--data.unrelated to evaluate on another data set"
+        )
+    return manifest
+
+
+def _check_weights(weights: str, config: TrainConfig) -> None:
+    """Refuse weights that are not of the model that the checkpoint's configuration describes."""
+
+    def check() -> None:
+        import io
+
+        import torch
+
+        from nsl_dist.model import build_model
+
+        state = torch.load(io.BytesIO(storage.read_bytes(weights)), map_location="cpu", weights_only=True)
+        try:
+            build_model(config.model, seed=config.seed, pretrained=False).load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{weights} is no {config.model.backbone} of {config.model.dim} dimensions, as run.json beside it "
+                f"says: {error}; the checkpoint was changed: copy it again"
+            ) from error
+
+    try:
+        ray.get(ray.remote(check).remote())  # in a task, since torchvision takes long to import
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None

@@ -1,136 +1,508 @@
-"""Sharded nearest-neighbour search with faiss, float and binary, the shards' results merged exactly.
+"""Sharded nearest-neighbour search with faiss, float and binary: exact, ties included, in bounded memory.
 
-Letters of array names: Q queries of a block, G vectors of a gallery shard, D dimensions, K neighbours.
+The gallery is cut into shards, each in an actor; queries travel in blocks; each block's neighbours from all shards are
+merged and summarised in a task, so that no process holds more than a shard or a block.
+
+Neighbours are ordered by similarity, ties by ascending id. For binary codes faiss does exactly that. Float similarities
+come out of matrix products whose last bits depend on the shape of the blocks: neighbours whose float32 similarities are
+too close to be told apart are compared by their inner products in float64, summed in one fixed order. So the result
+does not depend on the number of shards, blocks or threads.
+
+Letters of array names: Q queries of a block, K neighbours, D dimensions, P pairs of a query and a neighbour.
 """
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 
-from nsl_dist import storage
+from nsl_dist.config import EvalConfig
+from nsl_dist.progress import Progress
+from nsl_dist.retrieval.embeddings import EmbeddingSet
 
-QUERIES_AT_ONCE = 4096
+Kind = Literal["float", "binary"]
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings of some images, in order of id."""
-
-    ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    vectors: NDArray[np.float32]
-
-
-def read_embeddings(location: str, *, ids: tuple[int, int]) -> Embeddings:
-    """Read the embeddings with `ids[0] <= id < ids[1]` of a folder written by `embed_split`."""
-    filesystem, path = storage.resolve(location)
-    table = pq.read_table(path, filesystem=filesystem, filters=[("id", ">=", ids[0]), ("id", "<", ids[1])])
-    table = table.sort_by("id")
-    vectors = table["embedding"].combine_chunks()
-    return Embeddings(
-        ids=table["id"].to_numpy(),
-        labels=table["label"].to_numpy(),
-        vectors=vectors.values.to_numpy().reshape(len(table), vectors.type.list_size),
-    )
-
-
-def pack_codes(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return binary embeddings, the sign of each coordinate (paper, section 3.4), 8 to a byte."""
-    return np.packbits(vectors > 0, axis=1)
+MARGIN = 32  # neighbours retrieved beyond those asked for, to see whether the last of them is tied with others
+MOST_QUERIES = 4096  # of a block; faiss itself works on as many at a time
+MOST_GPU_NEIGHBOURS = 2048  # faiss's limit
+BLOCKS_IN_FLIGHT = 3
+PAIRS_AT_ONCE = 2048
+GALLERY_AT_ONCE = 16384
 
 
 class GalleryShard:
-    """One shard of the gallery: a flat faiss index of its embeddings and one of their codes."""
+    """An actor that searches one shard of the gallery.
 
-    def __init__(self, location: str, ids: tuple[int, int]) -> None:
+    Args:
+        gallery: all of it.
+        ids: this shard's.
+        kind: which embeddings to search.
+        num_threads: of this machine's cores.
+        resident_bytes: memory for the shard's embeddings; beyond it they lie in a memory-mapped file.
+
+    """
+
+    def __init__(
+        self, gallery: EmbeddingSet, ids: range, kind: Kind, *, num_threads: int, resident_bytes: float
+    ) -> None:
         import faiss
 
-        faiss.omp_set_num_threads(os.cpu_count() or 1)
-        gallery = read_embeddings(location, ids=ids)
-        codes = pack_codes(gallery.vectors)
-        self._ids = gallery.ids
-        self._float_index = faiss.IndexFlatIP(gallery.vectors.shape[1])
-        self._float_index.add(gallery.vectors)
-        self._binary_index = faiss.IndexBinaryFlat(codes.shape[1] * 8)
-        self._binary_index.add(codes)
+        faiss.omp_set_num_threads(num_threads)
+        self._faiss = faiss
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._kind: Kind = kind
+        self._first = ids.start
+        self._vectors = _load(gallery, ids, kind, resident_bytes=resident_bytes)
+        self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
+        self._index: Any = None
 
-    def search(self, queries: NDArray[np.float32], k: int, kind: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return `(distances, ids)` of the `k` nearest, or of all where there are fewer; smaller is nearer.
+    def approximate(self, factory: str, parameters: str | None) -> None:
+        """Put an approximate index in the place of the vectors.
 
-        The distance is minus the cosine for `float` and the Hamming distance for `binary`.
+        Args:
+            factory: faiss's description of the index.
+            parameters: of its search, as faiss names them; None: its own.
+
+        Raises:
+            ValueError: faiss cannot build it.
+
         """
-        k = min(k, len(self._ids))
-        distances: NDArray[Any]
-        if kind == "binary":
-            distances, places = self._binary_index.search(pack_codes(queries), k)
+        self._index = _build_index(self._vectors, factory, parameters)
+        self._vectors = self._vectors[:0]
+
+    def search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return the nearest of this shard, nearest first.
+
+        Args:
+            queries: float32 `[Q, D]` or codes uint8 `[Q, D / 8]`.
+            k: neighbours wanted; where the shard has fewer, all are returned.
+
+        Returns:
+            Scores `[Q, K]`, float32 inner products or int32 Hamming distances, and ids `[Q, K]`; an approximate index
+            fills up with -1. Ties of codes are in order of id, those of floats in any.
+
+        """
+        faiss = self._faiss
+        if self._index is not None:
+            scores, places = self._index.search(queries, min(k, self._index.ntotal))
         else:
-            similarities, places = self._float_index.search(queries, k)
-            distances = -similarities
-        return distances.astype(np.float32), self._ids[places]
+            k = min(k, len(self._vectors))
+            if self._kind == "binary":
+                scores, places = faiss.knn_hamming(queries, self._vectors, k)
+            elif self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
+                metric = faiss.METRIC_INNER_PRODUCT
+                scores, places = faiss.knn_gpu(self._gpu, queries, self._vectors, k, metric=metric)
+            else:
+                scores, places = faiss.knn(queries, self._vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return scores, np.where(places >= 0, places + self._first, -1)
+
+    def similarities(
+        self, queries: NDArray[np.float32], rows_P: NDArray[np.int64], ids_P: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Return the inner products of pairs of a query and a neighbour in float64, each summed in the same order."""
+
+        def chunk(start: int) -> NDArray[np.float64]:
+            part = slice(start, start + PAIRS_AT_ONCE)
+            neighbours = self._vectors[ids_P[part] - self._first].astype(np.float64)
+            return np.einsum("pd,pd->p", queries[rows_P[part]].astype(np.float64), neighbours)
+
+        return np.concatenate([np.empty(0), *self._pool.map(chunk, range(0, len(rows_P), PAIRS_AT_ONCE))])
+
+    def search_in_float64(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the nearest as `search` does, by the similarities of `similarities`, ties in order of id.
+
+        For the few queries with more ties than `search` can tell apart: it takes many times as long.
+        """
+        best = [(np.empty(0), np.empty(0, dtype=np.int64)) for _ in queries]
+        wide_queries = queries.astype(np.float64)
+        for start in range(0, len(self._vectors), GALLERY_AT_ONCE):
+            gallery = self._vectors[start : start + GALLERY_AT_ONCE].astype(np.float64)
+            ids = self._first + start + np.arange(len(gallery))
+            nearer = partial(_nearer, gallery=gallery, gallery_ids=ids, k=k)
+            best = list(self._pool.map(nearer, best, wide_queries))
+        return np.stack([scores for scores, _ in best]), np.stack([ids for _, ids in best])
+
+    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return vectors of this shard as floats; codes as -1 and 1."""
+        return _as_floats(self._vectors[ids - self._first], self._kind)
+
+    def assign(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.float64]]:
+        """Assign each vector to its nearest centroid.
+
+        Returns:
+            Places of the centroids `[n]`, squared distances `[n]`, and the sum of the vectors of each centroid.
+
+        """
+        places, distances = [], []
+        sums = np.zeros(centroids.shape)
+        for start in range(0, len(self._vectors), GALLERY_AT_ONCE):
+            vectors = _as_floats(self._vectors[start : start + GALLERY_AT_ONCE], self._kind)
+            distance, place = (each.ravel() for each in self._faiss.knn(vectors, centroids, 1))
+            order = np.argsort(place, kind="stable")
+            filled, firsts = np.unique(place[order], return_index=True)
+            sums[filled] += np.add.reduceat(vectors[order], firsts, axis=0, dtype=np.float64)
+            places.append(place)
+            distances.append(distance)
+        return np.concatenate(places), np.concatenate(distances), sums
 
 
-def merge(
-    parts: list[tuple[NDArray[np.float32], NDArray[np.int64]]], *, query_ids: NDArray[np.int64], k: int
-) -> NDArray[np.int64]:
-    """Merge the shards' neighbours of a block of queries.
+def _nearer(
+    best: tuple[NDArray[np.float64], NDArray[np.int64]],
+    query: NDArray[np.float64],
+    *,
+    gallery: NDArray[np.float64],
+    gallery_ids: NDArray[np.int64],
+    k: int,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the `k` nearest of those found before and of some more, whose ids are all higher."""
+    scores = np.concatenate([best[0], np.einsum("gd,d->g", gallery, query)])
+    ids = np.concatenate([best[1], gallery_ids])
+    if len(scores) > k:
+        kept = scores >= -np.partition(-scores, k - 1)[k - 1]
+        scores, ids = scores[kept], ids[kept]
+    order = np.argsort(-scores, kind="stable")[:k]  # the ids of equal scores ascend already
+    return scores[order], ids[order]
 
-    The query itself is left out by its id, wherever it ranks; ties go to the smaller id.
 
-    Returns:
-        ids `[Q, k]`, nearest first, -1 where there are fewer.
+def _load(gallery: EmbeddingSet, ids: range, kind: Kind, *, resident_bytes: float) -> NDArray[Any]:
+    """Read a shard's vectors or codes, into memory or, where that is too small, into a memory-mapped file."""
+    column = "vector" if kind == "float" else "code"
+    width, dtype = (gallery.dim, np.float32) if kind == "float" else (gallery.code_bytes, np.uint8)
+    shape = (len(ids), width)
+    loaded: NDArray[Any]
+    if len(ids) * width * np.dtype(dtype).itemsize <= resident_bytes:
+        loaded = np.empty(shape, dtype=dtype)
+    else:
+        with tempfile.NamedTemporaryFile(prefix="nsl_dist_gallery_") as file:  # its space is freed with the mapping
+            loaded = np.memmap(Path(file.name), dtype=dtype, mode="w+", shape=shape)
+    for first, rows in gallery.read(column, ids):
+        loaded[first - ids.start : first - ids.start + len(rows)] = rows
+    return loaded
+
+
+def _as_floats(vectors: NDArray[Any], kind: Kind) -> NDArray[np.float32]:
+    if kind == "float":
+        return np.ascontiguousarray(vectors)
+    return np.unpackbits(vectors, axis=1).astype(np.float32) * 2 - 1
+
+
+def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | None) -> Any:
+    import faiss
+
+    index: Any
+    try:
+        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(np.ascontiguousarray(vectors))
+        for start in range(0, len(vectors), GALLERY_AT_ONCE):
+            index.add(np.ascontiguousarray(vectors[start : start + GALLERY_AT_ONCE]))
+        if parameters is not None:
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, parameters)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"faiss cannot build --eval.index {factory} ({parameters or 'its own search parameters'}) over a shard of "
+            f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions: {reason}; choose another, or fewer "
+            "--eval.num-shards"
+        ) from error
+    return index
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A gallery in shards, each in an actor; from `open_gallery`.
+
+    Attributes:
+        embeddings: what is searched.
+        kind: which of them.
+        shards: the actors.
+        cuts: first id of each shard, and the number of vectors.
+        exact: False with an approximate index.
+        block_size: queries of a block, so that their neighbours fit the memory.
 
     """
-    distances_QK = np.concatenate([distances for distances, _ in parts], axis=1)
-    ids_QK = np.concatenate([ids for _, ids in parts], axis=1)
-    distances_QK = np.where(ids_QK == query_ids[:, None], np.inf, distances_QK)
-    order_QK = np.lexsort((ids_QK, distances_QK))[:, :k]
-    merged_QK = np.take_along_axis(ids_QK, order_QK, axis=1)
-    merged_QK[np.isinf(np.take_along_axis(distances_QK, order_QK, axis=1))] = -1
-    return np.pad(merged_QK, ((0, 0), (0, k - merged_QK.shape[1])), constant_values=-1)
+
+    embeddings: EmbeddingSet
+    kind: Kind
+    shards: list[Any]
+    cuts: list[int]
+    exact: bool
+    block_size: int
+
+    def parts(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return for each shard the places in `ids` of its own."""
+        owners = np.searchsorted(self.cuts, ids, side="right") - 1
+        return [np.flatnonzero(owners == place) for place in range(len(self.shards))]
 
 
-def start_shards(location: str, *, num_images: int, num_shards: int) -> list[Any]:
-    """Index a gallery in equal shards, each in an actor of its own, and wait until all are ready.
-
-    Args:
-        location: folder written by `embed_split`, ids 0 to `num_images` - 1.
-        num_images: size of the gallery.
-        num_shards: parts wanted; no more than images are made.
-
-    """
-    cuts = np.linspace(0, num_images, min(num_shards, num_images) + 1).astype(int).tolist()
-    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(GalleryShard)
-    shards = [actor.remote(location, (start, stop)) for start, stop in pairwise(cuts)]
-    ray.get([shard.__ray_ready__.remote() for shard in shards])
-    return shards
-
-
-def self_retrieval(
-    location: str, shards: list[Any], *, num_images: int, k: int, kind: str
-) -> Iterator[tuple[Embeddings, NDArray[np.int64]]]:
-    """Search every embedding of a folder among all others, block by block.
+@contextmanager
+def open_gallery(
+    embeddings: EmbeddingSet, kind: Kind, config: EvalConfig, *, k: int, num_gpus: int, exact: bool = True
+) -> Iterator[Gallery]:
+    """Start the actors of a gallery, wait until all have read their shards, and stop them at the end.
 
     Args:
-        location: folder that `shards` index.
-        shards: from `start_shards`.
-        num_images: size of the gallery.
-        k: neighbours wanted.
+        embeddings: the gallery.
         kind: "float" or "binary".
+        config: number of shards, memory, approximate index.
+        k: neighbours that will be asked for.
+        num_gpus: GPUs that the search may take, one for each shard; codes are always searched on CPUs.
+        exact: False builds the approximate index of `config`.
+
+    Raises:
+        ValueError: the approximate index cannot be built.
+
+    """
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    gpus = num_gpus if kind == "float" and exact else 0
+    num_shards = min(config.num_shards or gpus or num_nodes, embeddings.num_vectors)
+    gpus = min(gpus, num_shards)
+    cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
+    shards_on_a_node = -(-num_shards // num_nodes)
+    # Half of the memory for embeddings, half for the neighbours of the blocks in flight: from each shard a score and an
+    # id, again in the object store, merged, and as masks and copies while ties are settled.
+    memory = config.memory_budget * 2**30
+    row_bytes = (k + MARGIN) * 12 * (2 * num_shards + 4) + embeddings.dim * 8
+    block_size = int(min(MOST_QUERIES, max(1, memory / 2 / BLOCKS_IN_FLIGHT // row_bytes)))
+    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(GalleryShard)
+    shards = [
+        actor.options(num_gpus=1 if place < gpus else 0).remote(
+            embeddings,
+            range(start, stop),
+            kind,
+            num_threads=max(1, (os.cpu_count() or 1) // shards_on_a_node),
+            resident_bytes=memory / 2 / shards_on_a_node,
+        )
+        for place, (start, stop) in enumerate(pairwise(cuts))
+    ]
+    try:
+        if exact:
+            ray.get([shard.__ray_ready__.remote() for shard in shards])
+        else:
+            ray.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
+        yield Gallery(embeddings, kind, shards, cuts, exact, block_size)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):  # the user's mistake, without the task's stack
+            raise error.cause from None
+        raise
+    finally:
+        for shard in shards:
+            ray.kill(shard)
+
+
+def search(
+    queries: EmbeddingSet,
+    gallery: Gallery,
+    summarise: Callable[[range, NDArray[np.int64]], T],
+    *,
+    k: int,
+    blocks: list[range] | None = None,
+) -> Iterator[T]:
+    """Search queries block by block, with progress; where they are the gallery itself, each leaves itself out.
+
+    Args:
+        queries: what to search for.
+        gallery: from `open_gallery`.
+        summarise: called in a task with the ids of a block's queries and those of their neighbours, `[Q, k]`, nearest
+            first, -1 where there are fewer; its results are what comes back.
+        k: neighbours wanted.
+        blocks: which of the queries, `gallery.block_size` at most together; None: all.
 
     Yields:
-        A block of queries and the ids `[Q, k]` of their neighbours (see `merge`).
+        Summaries, in the order of the queries.
 
     """
-    for start in range(0, num_images, QUERIES_AT_ONCE):
-        queries = read_embeddings(location, ids=(start, start + QUERIES_AT_ONCE))
-        block = ray.put(queries.vectors)
-        # One more than asked for: the query itself is among them.
-        parts = ray.get([shard.search.remote(block, k + 1, kind) for shard in shards])
-        yield queries, merge(parts, query_ids=queries.ids, k=k)
+    if blocks is None:
+        starts = range(0, queries.num_vectors, gallery.block_size)
+        blocks = [range(start, min(start + gallery.block_size, queries.num_vectors)) for start in starts]
+    name = f"search {gallery.kind}" if gallery.exact else "search approximately"
+    progress = Progress(name, "queries", sum(map(len, blocks)))
+    shared = ray.put((queries, gallery, summarise))
+    task = ray.remote(num_cpus=0)(_search_block)
+    waiting = []
+    for block in blocks:
+        waiting.append((block, task.remote(shared, block, k)))
+        if len(waiting) == BLOCKS_IN_FLIGHT:
+            done, summary = waiting.pop(0)
+            yield ray.get(summary)
+            progress.advance(len(done))
+    for done, summary in waiting:
+        yield ray.get(summary)
+        progress.advance(len(done))
+
+
+def _search_block(
+    shared: tuple[EmbeddingSet, Gallery, Callable[[range, NDArray[np.int64]], T]], ids: range, k: int
+) -> T:
+    """Search one block of queries in all shards, merge, settle ties, summarise."""
+    queries, gallery, summarise = shared
+    vectors = queries.read_all("vector" if gallery.kind == "float" else "code", ids)
+    own_ids = np.array(ids) if queries == gallery.embeddings else np.full(len(ids), -1)
+    block = ray.put(vectors)
+    settles = gallery.kind == "float" and gallery.exact
+    # One more than asked for: the query itself may be among them.
+    depth = min(k + 1 + (MARGIN if settles else 0), gallery.embeddings.num_vectors)
+    parts = ray.get([shard.search.remote(block, depth) for shard in gallery.shards])
+    if gallery.kind == "binary":
+        neighbours = without(own_ids, *merge_codes(parts, depth))[1]
+    else:
+        similarities, neighbours = without(own_ids, *merge_floats(parts, depth))
+        if settles:
+            complete = depth == gallery.embeddings.num_vectors
+            neighbours = settle_ties(similarities, neighbours, _Exact(gallery, block, vectors, own_ids), k, complete)
+    neighbours = neighbours[:, :k]
+    return summarise(ids, np.pad(neighbours, ((0, 0), (0, k - neighbours.shape[1])), constant_values=-1))
+
+
+def merge_floats(
+    parts: list[tuple[NDArray[np.float32], NDArray[np.int64]]], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Merge the shards' neighbours, each sorted by falling similarity, into the first `k` of all."""
+    import faiss
+
+    if len(parts) == 1:
+        return parts[0]
+
+    def padded(rows: NDArray[Any], value: float) -> NDArray[Any]:
+        return np.pad(rows, ((0, 0), (0, k - rows.shape[1])), constant_values=value)
+
+    merged: tuple[NDArray[np.float32], NDArray[np.int64]] = faiss.merge_knn_results(
+        np.stack([padded(similarities, -np.inf) for similarities, _ in parts]),
+        np.stack([padded(ids, -1) for _, ids in parts]),
+        keep_max=True,
+    )
+    return merged
+
+
+def merge_codes(
+    parts: list[tuple[NDArray[np.int32], NDArray[np.int64]]], k: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Merge the shards' neighbours into the first `k` of all, by rising distance, ties by id."""
+    if len(parts) == 1:
+        return parts[0]
+    bits = 40  # of an id; the rest of a key holds the distance
+    keys = np.concatenate([(distances.astype(np.int64) << bits) | ids for distances, ids in parts], axis=1)
+    keys.partition(k - 1, axis=1)
+    keys = np.sort(keys[:, :k], axis=1)
+    return keys >> bits, keys & ((1 << bits) - 1)
+
+
+def without(
+    own_ids_Q: NDArray[np.int64], scores_QK: NDArray[Any], ids_QK: NDArray[np.int64]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Leave each query out of its neighbours wherever it ranks, the last neighbour where it is not among them."""
+    if (own_ids_Q < 0).all():
+        return scores_QK, ids_QK
+    last = ids_QK.shape[1] - 1
+    own_QK = ids_QK == own_ids_Q[:, None]
+    place_Q1 = np.where(own_QK.any(axis=1), own_QK.argmax(axis=1), last)[:, None]
+    kept_QK = np.arange(last) + (np.arange(last) >= place_Q1)
+    return np.take_along_axis(scores_QK, kept_QK, axis=1), np.take_along_axis(ids_QK, kept_QK, axis=1)
+
+
+@dataclass
+class _Exact:
+    """The float64 similarities of a block's queries, asked of the shards."""
+
+    gallery: Gallery
+    block: Any
+    queries: NDArray[np.float32]
+    own_ids: NDArray[np.int64]
+
+    def similarities(self, rows_P: NDArray[np.int64], ids_P: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return those of pairs (see `GalleryShard.similarities`)."""
+        parts = self.gallery.parts(ids_P)
+        asked = [
+            shard.similarities.remote(self.block, rows_P[part], ids_P[part])
+            for shard, part in zip(self.gallery.shards, parts, strict=True)
+        ]
+        found = np.empty(len(ids_P))
+        for part, similarities in zip(parts, ray.get(asked), strict=True):
+            found[part] = similarities
+        return found
+
+    def nearest(self, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+        """Return the ids of the `k` nearest of some queries, the queries themselves left out."""
+        depth = min(k + 1, self.gallery.embeddings.num_vectors)
+        found = []
+        queries_at_once = max(1, self.gallery.block_size // 8)  # more of everything for each of them
+        for start in range(0, len(rows), queries_at_once):
+            some = rows[start : start + queries_at_once]
+            queries = ray.put(self.queries[some])
+            parts = ray.get([shard.search_in_float64.remote(queries, depth) for shard in self.gallery.shards])
+            scores = np.concatenate([scores for scores, _ in parts], axis=1)
+            ids = np.concatenate([ids for _, ids in parts], axis=1)
+            order = np.lexsort((ids, -scores))[:, :depth]
+            ids = np.take_along_axis(ids, order, axis=1)
+            found.append(without(self.own_ids[some], ids, ids)[1])
+        return np.concatenate(found)
+
+
+def tolerance(similarities: NDArray[np.float32], dim: int, factor: float = 1.0) -> NDArray[np.float32]:
+    """Return a bound of the error of float32 inner products of unit vectors, as matrix products compute them.
+
+    A sum of `dim` terms errs by about sqrt(dim) roundings of its partial sums (Higham & Mary 2019), which grow towards
+    the similarity. The bound is twice what was seen at most over 10^8 pairs of 16 to 2,048 dimensions; `settle_ties`
+    checks it on every pair that it looks at.
+    """
+    roundings = np.maximum(np.abs(similarities), 1 / 8) * np.float32(max(np.sqrt(dim), 8))
+    bound: NDArray[np.float32] = np.float32(2 * factor * 2.0**-24) * roundings
+    return bound
+
+
+def settle_ties(
+    similarities_QK: NDArray[np.float32], ids_QK: NDArray[np.int64], exact: _Exact, k: int, complete: bool
+) -> NDArray[np.int64]:
+    """Order neighbours by their float64 similarities, ties by id, looking only at those that float32 cannot tell apart.
+
+    Args:
+        similarities_QK: of the neighbours, falling.
+        ids_QK: of the neighbours.
+        exact: where to ask for the float64 similarities.
+        k: neighbours wanted, the first of K.
+        complete: whether the neighbours are all that the gallery has, so that none beyond them can be tied.
+
+    Returns:
+        The ids, `[Q, K]`, of which the first `k` are the nearest.
+
+    """
+    dim = exact.queries.shape[1]
+    ids_QK = ids_QK.copy()
+    factor = 1.0
+    while True:
+        error_QK = tolerance(similarities_QK, dim, factor)
+        # Whether a neighbour can change places with the next one.
+        close_QK = similarities_QK[:, :-1] - similarities_QK[:, 1:] <= 2 * error_QK[:, :-1]
+        involved_QK = np.zeros(ids_QK.shape, dtype=bool)
+        involved_QK[:, :-1] |= close_QK
+        involved_QK[:, 1:] |= close_QK
+        # Beyond the last one wanted only those matter that hang together with it.
+        np.logical_and.accumulate(close_QK[:, k - 1 :], axis=1, out=close_QK[:, k - 1 :])
+        involved_QK[:, k:] &= close_QK[:, k - 1 :]
+        rows_P, columns_P = np.nonzero(involved_QK)
+        ids_P, similarities_P = ids_QK[rows_P, columns_P], similarities_QK[rows_P, columns_P]
+        exact_P = exact.similarities(rows_P, ids_P)
+        if not (np.abs(exact_P - similarities_P) > error_QK[rows_P, columns_P]).any():
+            break
+        factor *= 2
+    starts_P = np.ones(len(rows_P), dtype=bool)
+    starts_P[1:] = (rows_P[1:] != rows_P[:-1]) | ~close_QK[rows_P[1:], columns_P[1:] - 1]
+    ids_QK[rows_P, columns_P] = ids_P[np.lexsort((ids_P, -exact_P, np.cumsum(starts_P)))]
+    if not complete:
+        # The first one left out may be as near as the last one wanted.
+        open_Q = similarities_QK[:, -1] >= similarities_QK[:, k - 1] - 2 * error_QK[:, k - 1]
+        rows = np.flatnonzero(open_Q)
+        if len(rows):
+            ids_QK[rows, :k] = exact.nearest(rows, k)[:, :k]
+    return ids_QK

@@ -21,14 +21,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import Manifest, open_or_prepare
-from nsl_dist.data.synthetic import write_products
+from nsl_dist.data.shards import Manifest, layout_of, open_data
+from nsl_dist.progress import duration
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, model_location, recall_metrics
+from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, metrics_by_name, model_location, table
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from nsl_dist.tracking import TrackedRun
+    from nsl_dist.tracking import Tracker
 
 # CPUs beside the training workers: one to decode, and for evaluation in mid-run one to embed and one to decode for it.
 DATA_CPUS = 1
@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     seconds: dict[str, float] = {}
     config = dataclasses.replace(config, storage=storage.absolute(config.storage))  # the same place for every process
+    layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
     storage.check_writable(config.storage)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
     cluster.connect(num_cpus=_cpus_needed(config))
@@ -56,7 +57,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(storage.join(run_dir, "results.json")):
         raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
 
-    manifest = _open_data(config)
+    if config.data.root is None:
+        print(
+            "No --data.root: training on built-in synthetic products, rendered once. For the real data set:\n"
+            "  python jobs/train_sop.py --recipe sop_resnet50 --data.root /path/to/Stanford_Online_Products",
+            flush=True,
+        )
+    manifest = open_data(
+        config.data.root, layout=layout, storage_root=config.storage, max_undecodable=config.data.max_undecodable
+    )
     try:
         ray.get(check)
     except ray.exceptions.RayTaskError as error:
@@ -73,8 +82,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
-            results["untrained"] = evaluate(None, config, manifest, run_dir=run_dir, step=0, num_gpus=num_gpus)
-            tracked.log(recall_metrics(results["untrained"]), step=0)
+            results["untrained"] = evaluate(None, config, manifest, num_gpus=num_gpus)
+            tracked.log(metrics_by_name(results["untrained"]), step=0)
             print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
 
         started = time.monotonic()
@@ -82,11 +91,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        results |= evaluate(weights, config, manifest, run_dir=run_dir, step=schedule.num_steps, num_gpus=num_gpus)
-        tracked.log(recall_metrics(results), step=schedule.num_steps)
+        results |= evaluate(weights, config, manifest, num_gpus=num_gpus)
+        tracked.log(metrics_by_name(results), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
-        results["evaluation_seconds"] = results.pop("seconds")
+        results["evaluation_seconds"] = results["seconds"]
         results |= {
             "run_name": config.run_name,
             "mlflow_run_id": tracked.run_id,
@@ -105,7 +114,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
             raise RuntimeError(f"run {config.run_name} failed") from error
         raise
-    _show_results(results, config, run_dir, tracked.uri)
+    _show_results(results, run_dir, tracked.uri)
     return results
 
 
@@ -131,22 +140,6 @@ def _settle(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _open_data(config: TrainConfig) -> Manifest:
-    root = config.data.root
-    if root is None:
-        print(
-            "No --data.root: training on built-in synthetic products, rendered once. For the real data set:\n"
-            "  python jobs/train_sop.py --recipe sop_resnet50 --data.root /path/to/Stanford_Online_Products",
-            flush=True,
-        )
-        root = write_products(storage.join(config.storage, "synthetic"))
-    cache = storage.join(config.storage, "shards")
-    manifest = open_or_prepare(root, cache=cache, max_undecodable=config.data.max_undecodable)
-    if (num_images := manifest.split("test").num_images) < 2:
-        raise ValueError(f"{root}: the test split has {num_images} image, too few for one to be found by another")
-    return manifest
-
-
 def _cpus_needed(config: TrainConfig) -> int:
     """Return the CPUs that a run needs: its training workers' (one worker where that is open yet) and those beside."""
     workers = (config.num_workers or 1) * config.cpus_per_worker
@@ -169,24 +162,27 @@ def _check_model(config: TrainConfig) -> None:
         ) from error
 
 
-def _open_tracking(config: TrainConfig) -> "TrackedRun":
-    from nsl_dist.tracking import TrackedRun  # MLflow takes seconds to import
+def _open_tracking(config: TrainConfig) -> "Tracker":
+    from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
 
-    return TrackedRun(config)
+    return Tracker(config.tracking.uri, storage_root=config.storage)
 
 
-def _start_tracking(tracked: "TrackedRun", config: TrainConfig, manifest: Manifest, run_dir: str) -> None:
+def _start_tracking(tracked: "Tracker", config: TrainConfig, manifest: Manifest, run_dir: str) -> None:
     """Start the MLflow run, or go on with that of this run if it was interrupted before."""
     location = storage.join(run_dir, "mlflow_run_id")
-    run_id = storage.read_bytes(location).decode() if storage.exists(location) else None
-    tracked.start(config, digest=manifest.digest, run_id=run_id)
+    if storage.exists(location):
+        tracked.resume(storage.read_bytes(location).decode())
+        return
+    tracked.start(config, experiment=config.tracking.experiment or manifest.layout, digest=manifest.digest)
     storage.write_bytes(location, tracked.run_id.encode())
 
 
 def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str, tracking_uri: str) -> None:
     """Say what the run will do before it does it."""
     assert config.num_workers is not None
-    train, test = manifest.splits["train"], manifest.splits["test"]
+    query, gallery = manifest.evaluation_splits
+    train, test = manifest.splits["train"], manifest.splits[query]
     rows = Partition(train["num_classes"], 0, config.num_workers).rows_per_rank
     proxies = config.proxies
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
@@ -201,7 +197,13 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "data": f"{manifest.root} (digest {manifest.digest[:16]})",
         "train": f"{train['num_images']:,} images of {train['num_classes']:,} classes",
         "test": f"{test['num_images']:,} images of {test['num_classes']:,} unseen classes"
-        + (f", {test['num_singletons']:,} with one image, sure misses" if test["num_singletons"] else ""),
+        + (
+            f", looked for among {manifest.splits[gallery]['num_images']:,} of the {gallery}"
+            if query != gallery
+            else f", {test['num_singletons']:,} with one image, sure misses"
+            if test["num_singletons"]
+            else ""
+        ),
         "left out": f"{len(manifest.undecodable):,} undecodable images" if manifest.undecodable else "",
         "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} "
         f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
@@ -221,7 +223,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
 
 
 def _fit(
-    config: TrainConfig, manifest: Manifest, tracked: "TrackedRun", run_dir: str, schedule: Schedule
+    config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: str, schedule: Schedule
 ) -> tuple[str, list[float]]:
     """Train on Ray Train; return where the trained model's state is, and the throughputs on the way, images/s."""
     assert config.num_workers is not None
@@ -269,13 +271,13 @@ def _train_worker(setup: dict[str, Any]) -> None:
     train_worker(**setup)
 
 
-def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule, rates: list[float]) -> None:
+def _relay(progress: Queue, tracked: "Tracker", schedule: Schedule, rates: list[float]) -> None:
     """Show and track what workers and mid-run evaluations report, until a None; collect the throughputs."""
     while (record := progress.get()) is not None:
         step = record.pop("step")
         if "evaluation" in record:
             print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
-            tracked.log(recall_metrics(record["evaluation"]), step=step)
+            tracked.log(metrics_by_name(record["evaluation"]), step=step)
             continue
         left = record.pop("seconds_left", None)
         if left is not None:  # unknown after the first step, which waits for the first batch
@@ -284,7 +286,7 @@ def _relay(progress: Queue, tracked: "TrackedRun", schedule: Schedule, rates: li
         print(
             f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
             f"lr {record['learning_rate']:.2g}  {record['images_per_second']:.0f} images/s  "
-            f"data wait {record['data_wait_share']:.0%}" + (f"  {_duration(left)} left" if left is not None else ""),
+            f"data wait {record['data_wait_share']:.0%}" + (f"  {duration(left)} left" if left is not None else ""),
             flush=True,
         )
         tracked.log(record, step=step)
@@ -297,20 +299,11 @@ def _recall_line(results: dict[str, Any]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def _show_results(results: dict[str, Any], config: TrainConfig, run_dir: str, tracking_uri: str) -> None:
-    rows = [("trained", results), ("untrained", results["untrained"])] if "untrained" in results else [("", results)]
-    print(f"\n{results['num_queries']:,} test images of {results['num_classes']:,} unseen classes, recall in %")
-    print(f"{'':20}" + "".join(f"{'@' + str(k):>8}" for k in config.eval.recall_at))
-    for name, result in rows:
-        for kind, by_k in result["recall"].items():
-            print(f"{f'{name} {kind}'.strip():20}" + "".join(f"{100 * share:8.2f}" for share in by_k.values()))
-    seconds = ", ".join(f"{phase} {_duration(value)}" for phase, value in results["seconds"].items())
+def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str) -> None:
+    trained = results | {"seconds": results["evaluation_seconds"]}
+    untrained = {"untrained": results["untrained"]} if "untrained" in results else {}
+    print("\n" + table({"trained": trained} | untrained if untrained else {"": trained}))
+    seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results["seconds"].items())
     print(f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s")
     print(f"results: {run_dir}/results.json")
     print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}", flush=True)

@@ -9,7 +9,7 @@ import torch
 
 from nsl_dist.config import DataConfig
 from nsl_dist.data import synthetic
-from nsl_dist.data.layouts import read_sop
+from nsl_dist.data.layouts import read_records
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import load_manifest, open_or_prepare, prepare, records_digest
 from nsl_dist.data.stream import fetch, planned_batches
@@ -21,7 +21,7 @@ SIZES = {"train": [3, 9, 2, 5, 4, 6, 1, 7, 3, 5, 8, 2], "test": [2, 1, 4]}
 
 
 def shard(root: Path, out: Path, max_undecodable: float = 0.0):
-    return prepare(read_sop(str(root)), root=str(root), out=str(out), max_undecodable=max_undecodable)
+    return prepare(read_records(str(root), layout="sop"), root=str(root), out=str(out), max_undecodable=max_undecodable)
 
 
 def test_shards_hold_every_image_once(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_shards_hold_every_image_once(tmp_path: Path) -> None:
         "train": {"num_images": 55, "num_classes": 12, "num_singletons": 1},
         "test": {"num_images": 7, "num_classes": 3, "num_singletons": 1},
     }
-    records = read_sop(str(root)).to_pylist()
+    records = read_records(str(root), layout="sop").to_pylist()
     for name in ("train", "test"):
         split = manifest.split(name)
         assert sorted(split.sizes) == sorted(SIZES[name])
@@ -51,7 +51,7 @@ def test_first_use_is_cached_by_digest(tmp_path: Path, capsys: pytest.CaptureFix
     again = open_or_prepare(str(root), cache=str(tmp_path / "cache"), max_undecodable=0.0)
     assert capsys.readouterr().out == ""
     assert again == first == open_or_prepare(first.root, cache="unused", max_undecodable=0.0)
-    assert first.digest == records_digest(read_sop(str(root)), layout="sop")
+    assert first.digest == records_digest(read_records(str(root), layout="sop"), layout="sop")
     (root / "thing_final" / "1_1.JPG").write_bytes((root / "thing_final" / "2_4.JPG").read_bytes() + b"\0")
     assert open_or_prepare(str(root), cache=str(tmp_path / "cache"), max_undecodable=0.0).digest != first.digest
 
@@ -122,11 +122,11 @@ def test_every_worker_streams_its_part_of_the_plan(tmp_path: Path, world_size: i
 def test_synthetic_products_are_a_sop_folder(tmp_path: Path) -> None:
     spec = synthetic.Spec(train_classes=3, test_classes=2, fewest_images=2, most_images=4)
     root = synthetic.write_products(str(tmp_path), spec)
-    records = read_sop(root)
+    records = read_records(root, layout="sop")
     assert len(set(records["class_id"].to_pylist())) == 5
     before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*.JPG")}
     assert len(before) == len(records)
     assert synthetic.write_products(str(tmp_path), spec) == root
     assert before == {path: path.stat().st_mtime_ns for path in Path(root).rglob("*.JPG")}
     again = synthetic.write_products(str(tmp_path / "again"), spec)
-    assert records_digest(read_sop(again), layout="sop") == records_digest(records, layout="sop")
+    assert records_digest(read_records(again, layout="sop"), layout="sop") == records_digest(records, layout="sop")

@@ -1,0 +1,27 @@
+r"""Train on CARS196 and evaluate on its unseen classes: the paper's recipe.
+
+    python jobs/train_cars196.py --data.root cars196
+
+From scratch on small images, to try it on a machine without a GPU:
+
+    python jobs/train_cars196.py --data.root cars196 --recipe laptop
+"""
+
+import sys
+
+from nsl_dist.commandline import parse_train_config, run_job
+
+
+def main() -> None:
+    """Parse, train, evaluate."""
+    config = parse_train_config(sys.argv[1:], description=__doc__ or "", recipe="cars196_resnet50", layout="cars196")
+    if config.data.root is None:
+        raise ValueError("give the folder of CARS196, or shards of it, as --data.root")
+
+    from nsl_dist.training.run import train  # after parsing: --help needs neither torch nor Ray
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run_job(main)

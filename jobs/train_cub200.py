@@ -1,0 +1,27 @@
+r"""Train on CUB-200-2011 and evaluate on its unseen classes: the paper's recipe.
+
+    python jobs/train_cub200.py --data.root CUB_200_2011
+
+From scratch on small images, to try it on a machine without a GPU:
+
+    python jobs/train_cub200.py --data.root CUB_200_2011 --recipe laptop
+"""
+
+import sys
+
+from nsl_dist.commandline import parse_train_config, run_job
+
+
+def main() -> None:
+    """Parse, train, evaluate."""
+    config = parse_train_config(sys.argv[1:], description=__doc__ or "", recipe="cub200_resnet50", layout="cub200")
+    if config.data.root is None:
+        raise ValueError("give the folder of CUB-200-2011, or shards of it, as --data.root")
+
+    from nsl_dist.training.run import train  # after parsing: --help needs neither torch nor Ray
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run_job(main)
