@@ -19,6 +19,7 @@ from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import duration
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
+from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Ranks, bootstrap_intervals, join, rank, recall_at_k
 from nsl_dist.retrieval.search import Kind, open_gallery, search
 
@@ -35,12 +36,28 @@ SAMPLED_BLOCKS, SAMPLED_AT_ONCE = 16, 64  # queries that compare an approximate 
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """What a block of neighbours is boiled down to, where it was found."""
+class Judge:
+    """What a block of neighbours is boiled down to, where it was found.
+
+    Attributes:
+        query_labels: classes of all queries.
+        gallery_labels: classes of the gallery, by id.
+        num_relevant: images of each query's class in the gallery, the query itself left out.
+
+    """
 
     query_labels: NDArray[np.int64]
     gallery_labels: NDArray[np.int64]
     num_relevant: NDArray[np.int64]
+
+    @staticmethod
+    def of(queries: EmbeddingSet, gallery: EmbeddingSet) -> "Judge":
+        """Read the labels; where queries and gallery are the same, every one queries the rest."""
+        own = queries == gallery
+        gallery_labels = gallery.read_all("label", range(gallery.num_vectors))
+        query_labels = gallery_labels if own else queries.read_all("label", range(queries.num_vectors))
+        num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
+        return Judge(query_labels, gallery_labels, num_of_class[query_labels] - (1 if own else 0))
 
     def __call__(self, ids: range, neighbour_ids: NDArray[np.int64]) -> Ranks:
         part = slice(ids.start, ids.stop)
@@ -71,15 +88,10 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
     seconds = {"embed": time.monotonic() - started}
 
     queries, gallery = (sets[name] for name in manifest.evaluation_splits)
-    labels = {name: each.read_all("label", range(each.num_vectors)) for name, each in sets.items()}
-    query_labels, gallery_labels = labels[queries.split], labels[gallery.split]
-    own = 1 if queries == gallery else 0
-    num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
-    num_relevant = num_of_class[query_labels] - own
-    judge = _Judge(query_labels, gallery_labels, num_relevant)
+    judge = Judge.of(queries, gallery)
     recall_at = config.eval.recall_at or RECALL_AT[manifest.layout]
-    most = gallery.num_vectors - own
-    k = min(max(*recall_at, int(num_relevant.max())), most)
+    most = gallery.num_vectors - (1 if queries == gallery else 0)
+    k = min(max(*recall_at, int(judge.num_relevant.max())), most)
     if max(recall_at) > most:
         print(f"recall@{max(recall_at)} asks for all of the {most:,} images that there are", flush=True)
 
@@ -97,7 +109,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
                 seconds[f"search_{kind}"] = time.monotonic() - started
             if config.eval.nmi:
                 started = time.monotonic()
-                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, gallery_labels)
+                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, judge.gallery_labels)
                 seconds[f"nmi_{kind}"] = time.monotonic() - started
         if approximate:
             started = time.monotonic()
@@ -118,13 +130,13 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
         results["r_precision"][kind] = float(ranks.r_precision.mean())
         results["map_at_r"][kind] = float(ranks.average_precision_at_r.mean())
         if config.eval.intervals:
-            results.setdefault("intervals", {})[kind] = _intervals(ranks, query_labels, recall_at, k)
+            results.setdefault("intervals", {})[kind] = _intervals(ranks, judge.query_labels, recall_at, k)
     return results | {
         "bytes_per_vector": {"float": 4 * gallery.dim, "binary": gallery.code_bytes},
         "num_queries": queries.num_vectors,
         "num_gallery": gallery.num_vectors,
-        "num_classes": len(np.unique(query_labels)),
-        "num_queries_without_match": int((num_relevant == 0).sum()),
+        "num_classes": len(np.unique(judge.query_labels)),
+        "num_queries_without_match": int((judge.num_relevant == 0).sum()),
         "seconds": seconds,
     }
 
