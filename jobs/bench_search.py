@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 
 from nsl_dist.commandline import run_job
 from nsl_dist.config import EvalConfig
@@ -89,13 +88,13 @@ def write_vectors(location: str, num_vectors: int, dim: int) -> EmbeddingSet:
 def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
     """Return the seconds of our retrieval."""
     from nsl_dist import cluster
-    from nsl_dist.retrieval.evaluation import Judge
+    from nsl_dist.retrieval.evaluation import judge_of
     from nsl_dist.retrieval.metrics import join
     from nsl_dist.retrieval.search import open_gallery, search
 
     cluster.connect(num_cpus=1)
     started = time.perf_counter()
-    judge = Judge.of(vectors, vectors)
+    judge = judge_of(vectors, vectors)
     with open_gallery(vectors, kind, config.eval, k=config.k, num_gpus=0) as gallery:
         num_queries = config.num_queries or vectors.num_vectors
         starts = range(0, num_queries, gallery.block_size)

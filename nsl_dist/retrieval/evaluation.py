@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from nsl_dist.progress import duration
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.embeddings import EmbeddingSet
-from nsl_dist.retrieval.metrics import Ranks, bootstrap_intervals, join, rank, recall_at_k
+from nsl_dist.retrieval.metrics import Judge, Ranks, bootstrap_intervals, join, recall_at_k
 from nsl_dist.retrieval.search import Kind, open_gallery, search
 
 # What each data set is reported with (paper, section 4.1).
@@ -33,35 +32,6 @@ RECALL_AT: dict[Layout, tuple[int, ...]] = {
 }
 KINDS: tuple[Kind, ...] = ("float", "binary")
 SAMPLED_BLOCKS, SAMPLED_AT_ONCE = 16, 64  # queries that compare an approximate index with exact search
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What a block of neighbours is boiled down to, where it was found.
-
-    Attributes:
-        query_labels: classes of all queries.
-        gallery_labels: classes of the gallery, by id.
-        num_relevant: images of each query's class in the gallery, the query itself left out.
-
-    """
-
-    query_labels: NDArray[np.int64]
-    gallery_labels: NDArray[np.int64]
-    num_relevant: NDArray[np.int64]
-
-    @staticmethod
-    def of(queries: EmbeddingSet, gallery: EmbeddingSet) -> "Judge":
-        """Read the labels; where queries and gallery are the same, every one queries the rest."""
-        own = queries == gallery
-        gallery_labels = gallery.read_all("label", range(gallery.num_vectors))
-        query_labels = gallery_labels if own else queries.read_all("label", range(queries.num_vectors))
-        num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
-        return Judge(query_labels, gallery_labels, num_of_class[query_labels] - (1 if own else 0))
-
-    def __call__(self, ids: range, neighbour_ids: NDArray[np.int64]) -> Ranks:
-        part = slice(ids.start, ids.stop)
-        return rank(neighbour_ids, self.query_labels[part], self.gallery_labels, self.num_relevant[part])
 
 
 def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int) -> dict[str, Any]:
@@ -88,7 +58,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
     seconds = {"embed": time.monotonic() - started}
 
     queries, gallery = (sets[name] for name in manifest.evaluation_splits)
-    judge = Judge.of(queries, gallery)
+    judge = judge_of(queries, gallery)
     recall_at = config.eval.recall_at or RECALL_AT[manifest.layout]
     most = gallery.num_vectors - (1 if queries == gallery else 0)
     k = min(max(*recall_at, int(judge.num_relevant.max())), most)
@@ -139,6 +109,15 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
         "num_queries_without_match": int((judge.num_relevant == 0).sum()),
         "seconds": seconds,
     }
+
+
+def judge_of(queries: EmbeddingSet, gallery: EmbeddingSet) -> Judge:
+    """Read the labels of what is searched; where queries and gallery are the same, every one queries the rest."""
+    own = queries == gallery
+    gallery_labels = gallery.read_all("label", range(gallery.num_vectors))
+    query_labels = gallery_labels if own else queries.read_all("label", range(queries.num_vectors))
+    num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
+    return Judge(query_labels, gallery_labels, num_of_class[query_labels] - (1 if own else 0))
 
 
 def _neighbours(_: range, neighbour_ids: NDArray[np.int64]) -> NDArray[np.int64]:
