@@ -152,10 +152,11 @@ def _open(location: str) -> pq.ParquetFile:
 
 
 def _as_numpy(column: pa.Array) -> NDArray[Any]:
+    """Return a view; pyarrow's own `to_numpy` would import pandas, for seconds in every process."""
     if pa.types.is_fixed_size_list(column.type):
-        return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        return np.from_dlpack(column.flatten()).reshape(len(column), column.type.list_size)
     if pa.types.is_fixed_size_binary(column.type):
         width = column.type.byte_width
-        bytes_ = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-        return bytes_[column.offset * width : (column.offset + len(column)) * width].reshape(len(column), width)
-    return column.to_numpy()
+        content = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+        return content[column.offset * width : (column.offset + len(column)) * width].reshape(len(column), width)
+    return np.from_dlpack(column)

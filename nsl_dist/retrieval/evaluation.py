@@ -19,7 +19,7 @@ from nsl_dist.progress import duration
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.embeddings import EmbeddingSet
-from nsl_dist.retrieval.metrics import Judge, Ranks, bootstrap_intervals, join, recall_at_k
+from nsl_dist.retrieval.metrics import Classes, Judge, Ranks, bootstrap_intervals, join, recall_at_k
 from nsl_dist.retrieval.search import Kind, open_gallery, search
 
 # What each data set is reported with (paper, section 4.1).
@@ -75,11 +75,11 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
                 sample = list(search(queries, opened, _neighbours, k=k, blocks=blocks))
             else:
                 started = time.monotonic()
-                ranks = join(list(search(queries, opened, judge, k=k)))
+                ranks = join(list(search(queries, opened, judge, k=k, classes=judge.classes)))
                 seconds[f"search_{kind}"] = time.monotonic() - started
             if config.eval.nmi:
                 started = time.monotonic()
-                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, judge.gallery_labels)
+                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, judge.classes.gallery)
                 seconds[f"nmi_{kind}"] = time.monotonic() - started
         if approximate:
             started = time.monotonic()
@@ -87,7 +87,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
                 seconds["index"] = time.monotonic() - started
                 found = list(search(queries, opened, _neighbours, k=k, blocks=blocks))
                 started = time.monotonic()
-                ranks = join(list(search(queries, opened, judge, k=k)))
+                ranks = join(list(search(queries, opened, judge, k=k, classes=judge.classes)))
                 seconds["search_float"] = time.monotonic() - started
             results["index"] = {
                 "factory": config.eval.index,
@@ -100,12 +100,12 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
         results["r_precision"][kind] = float(ranks.r_precision.mean())
         results["map_at_r"][kind] = float(ranks.average_precision_at_r.mean())
         if config.eval.intervals:
-            results.setdefault("intervals", {})[kind] = _intervals(ranks, judge.query_labels, recall_at, k)
+            results.setdefault("intervals", {})[kind] = _intervals(ranks, judge.classes.queries, recall_at, k)
     return results | {
         "bytes_per_vector": {"float": 4 * gallery.dim, "binary": gallery.code_bytes},
         "num_queries": queries.num_vectors,
         "num_gallery": gallery.num_vectors,
-        "num_classes": len(np.unique(judge.query_labels)),
+        "num_classes": len(np.unique(judge.classes.queries)),
         "num_queries_without_match": int((judge.num_relevant == 0).sum()),
         "seconds": seconds,
     }
@@ -117,7 +117,7 @@ def judge_of(queries: EmbeddingSet, gallery: EmbeddingSet) -> Judge:
     gallery_labels = gallery.read_all("label", range(gallery.num_vectors))
     query_labels = gallery_labels if own else queries.read_all("label", range(queries.num_vectors))
     num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
-    return Judge(query_labels, gallery_labels, num_of_class[query_labels] - (1 if own else 0))
+    return Judge(Classes(query_labels, gallery_labels), num_of_class[query_labels] - (1 if own else 0))
 
 
 def _neighbours(_: range, neighbour_ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -61,24 +61,30 @@ def rank(
 
 
 @dataclass(frozen=True)
+class Classes:
+    """Labels of all queries, and of the gallery by id."""
+
+    queries: NDArray[np.int64]
+    gallery: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Judge:
     """What a block of neighbours is boiled down to, where it was found.
 
     Attributes:
-        query_labels: classes of all queries.
-        gallery_labels: classes of the gallery, by id.
+        classes: of all queries and of the gallery.
         num_relevant: images of each query's class in the gallery, the query itself left out.
 
     """
 
-    query_labels: NDArray[np.int64]
-    gallery_labels: NDArray[np.int64]
+    classes: Classes
     num_relevant: NDArray[np.int64]
 
     def __call__(self, ids: range, neighbour_ids_QK: NDArray[np.int64]) -> Ranks:
         """Judge the neighbours of the queries `ids` (see `rank`)."""
         part = slice(ids.start, ids.stop)
-        return rank(neighbour_ids_QK, self.query_labels[part], self.gallery_labels, self.num_relevant[part])
+        return rank(neighbour_ids_QK, self.classes.queries[part], self.classes.gallery, self.num_relevant[part])
 
 
 def join(parts: list[Ranks]) -> Ranks:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from nsl_dist.config import EvalConfig
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.embeddings import EmbeddingSet
+from nsl_dist.retrieval.metrics import Classes
 
 Kind = Literal["float", "binary"]
 T = TypeVar("T")
@@ -37,8 +38,10 @@ MARGIN = 32  # neighbours retrieved beyond those asked for, to see whether the l
 MOST_QUERIES = 4096  # of a block; faiss itself works on as many at a time
 MOST_GPU_NEIGHBOURS = 2048  # faiss's limit
 BLOCKS_IN_FLIGHT = 2  # one is searched while ties of another are settled
-PAIRS_AT_ONCE = 256  # their float64 vectors stay in the cache
 GALLERY_AT_ONCE = 16384
+CODES_AT_ONCE = 64  # queries
+PLACE_BITS = 16  # of a code's place among those compared at once; the distance takes the other 15 of a positive int32
+ID_BITS = 40  # of an id; the distance takes the rest of an int64
 
 
 class GalleryShard:
@@ -84,11 +87,9 @@ class GalleryShard:
         self._vectors = self._vectors[:0]
 
     @ray.method(concurrency_group="blocks")
-    def lead(
-        self, shared: tuple[EmbeddingSet, "Gallery", Callable[[range, NDArray[np.int64]], T]], ids: range, k: int
-    ) -> T:
+    def lead(self, shared: Any, ids: range, k: int) -> Any:
         """Search one block of queries in all shards (see `search`)."""
-        return _search_block(*shared, ids, k)
+        return _search_block(*shared, ids=ids, k=k)
 
     def search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the nearest of this shard, nearest first.
@@ -98,7 +99,7 @@ class GalleryShard:
             k: neighbours wanted; where the shard has fewer, all are returned.
 
         Returns:
-            Scores `[Q, K]`, float32 inner products or int32 Hamming distances, and ids `[Q, K]`; an approximate index
+            Scores `[Q, K]`, float32 inner products or int64 Hamming distances, and ids `[Q, K]`; an approximate index
             fills up with -1. Ties of codes are in order of id, those of floats in any.
 
         """
@@ -109,9 +110,8 @@ class GalleryShard:
         else:
             k = min(k, len(self._vectors))
             if self._kind == "binary":
-                # Counting distances is faster than a heap of the nearest.
-                scores, places = faiss.knn_hamming(queries, self._vectors, k, variant="mc")
-            elif self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
+                return self._search_codes(queries, k)
+            if self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
                 metric = faiss.METRIC_INNER_PRODUCT
                 scores, places = faiss.knn_gpu(self._gpu, queries, self._vectors, k, metric=metric)
             else:
@@ -120,18 +120,51 @@ class GalleryShard:
             np.add(places, self._first, out=places, where=places >= 0)
         return scores, places
 
+    def _search_codes(self, queries: NDArray[np.uint8], k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return Hamming distances and ids, in order.
+
+        faiss counts the bits; numpy selects the nearest by one number that holds distance and id, in half the time
+        that an IndexBinaryFlat takes with its heaps.
+        """
+
+        def nearest(start: int) -> NDArray[np.int64]:
+            some = np.ascontiguousarray(queries[start : start + CODES_AT_ONCE])
+            best_QK = np.empty((len(some), 0), dtype=np.int64)
+            for first in range(0, len(self._vectors), 1 << PLACE_BITS):
+                codes = np.ascontiguousarray(self._vectors[first : first + (1 << PLACE_BITS)])
+                keys_QG = np.empty((len(some), len(codes)), dtype=np.int32)
+                self._faiss.hammings(*map(self._faiss.swig_ptr, (some, codes)), *keys_QG.shape, some.shape[1],
+                                     self._faiss.swig_ptr(keys_QG))  # fmt: skip
+                keys_QG <<= PLACE_BITS
+                keys_QG |= np.arange(len(codes), dtype=np.int32)
+                found_QK = _smallest(keys_QG, k).astype(np.int64)
+                places_QK = found_QK & ((1 << PLACE_BITS) - 1)
+                found_QK = (found_QK >> PLACE_BITS << ID_BITS) | (places_QK + first + self._first)
+                best_QK = _smallest(np.concatenate([best_QK, found_QK], axis=1), k)
+            return np.sort(best_QK, axis=1)
+
+        keys_QK = np.concatenate(list(self._pool.map(nearest, range(0, len(queries), CODES_AT_ONCE))))
+        return keys_QK >> ID_BITS, keys_QK & ((1 << ID_BITS) - 1)
+
     @ray.method(concurrency_group="ties")
     def similarities(
         self, queries: NDArray[np.float32], rows_P: NDArray[np.int64], ids_P: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Return the inner products of pairs of a query and a neighbour in float64, each summed in the same order."""
+        """Return the inner products of pairs of a query and a neighbour in float64, each summed in the same order.
 
-        def chunk(start: int) -> NDArray[np.float64]:
-            part = slice(start, start + PAIRS_AT_ONCE)
-            neighbours = self._vectors[ids_P[part] - self._first].astype(np.float64)
-            return np.einsum("pd,pd->p", queries[rows_P[part]].astype(np.float64), neighbours)
+        Args:
+            queries: `[Q, D]`.
+            rows_P: which query, ascending.
+            ids_P: which neighbour, of this shard.
 
-        return np.concatenate([np.empty(0), *self._pool.map(chunk, range(0, len(rows_P), PAIRS_AT_ONCE))])
+        """
+        found_P = np.empty(len(rows_P))
+        rows, firsts = np.unique(rows_P, return_index=True)
+        # Query by query: what belongs to one stays in the cache, and threads would wait for each other.
+        for row, (start, stop) in zip(rows.tolist(), itertools.pairwise([*firsts.tolist(), len(rows_P)]), strict=True):
+            neighbours = self._vectors[ids_P[start:stop] - self._first].astype(np.float64)
+            np.einsum("gd,d->g", neighbours, queries[row].astype(np.float64), out=found_P[start:stop])
+        return found_P
 
     @ray.method(concurrency_group="ties")
     def search_in_float64(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -171,6 +204,13 @@ class GalleryShard:
             places.append(place)
             distances.append(distance)
         return np.concatenate(places), np.concatenate(distances), sums
+
+
+def _smallest(keys_QK: NDArray[Any], k: int) -> NDArray[Any]:
+    """Return the `k` smallest of each row, in any order."""
+    if keys_QK.shape[1] > k:
+        keys_QK.partition(k - 1, axis=1)
+    return keys_QK[:, :k]
 
 
 def _nearer(
@@ -324,6 +364,7 @@ def search(
     summarise: Callable[[range, NDArray[np.int64]], T],
     *,
     k: int,
+    classes: Classes | None = None,
     blocks: list[range] | None = None,
 ) -> Iterator[T]:
     """Search queries block by block, with progress; where they are the gallery itself, each leaves itself out.
@@ -334,6 +375,8 @@ def search(
         summarise: called in an actor with the ids of a block's queries and those of their neighbours, `[Q, k]`, nearest
             first, -1 where there are fewer; its results are what comes back.
         k: neighbours wanted.
+        classes: with them, neighbours of other classes than the query's are taken for interchangeable: where float32
+            cannot tell them apart, their order is left as it was found, which spares most of the work of settling it.
         blocks: which of the queries, `gallery.block_size` at most together; None: all.
 
     Yields:
@@ -345,7 +388,7 @@ def search(
         blocks = [range(start, min(start + gallery.block_size, queries.num_vectors)) for start in starts]
     name = f"search {gallery.kind}" if gallery.exact else "search approximately"
     progress = Progress(name, "queries", sum(map(len, blocks)))
-    shared = ray.put((queries, gallery, summarise))
+    shared = ray.put((queries, gallery, summarise, classes))
     waiting = []
     for block, leader in zip(blocks, itertools.cycle(gallery.shards), strict=False):
         waiting.append((block, leader.lead.remote(shared, block, k)))
@@ -359,7 +402,13 @@ def search(
 
 
 def _search_block(
-    queries: EmbeddingSet, gallery: Gallery, summarise: Callable[[range, NDArray[np.int64]], T], ids: range, k: int
+    queries: EmbeddingSet,
+    gallery: Gallery,
+    summarise: Callable[[range, NDArray[np.int64]], T],
+    classes: Classes | None,
+    *,
+    ids: range,
+    k: int,
 ) -> T:
     vectors = queries.read_all("vector" if gallery.kind == "float" else "code", ids)
     own_ids = np.array(ids) if queries == gallery.embeddings else np.full(len(ids), -1)
@@ -368,15 +417,24 @@ def _search_block(
     # One more than asked for: the query itself may be among them.
     depth = min(k + 1 + (MARGIN if settles else 0), gallery.embeddings.num_vectors)
     parts = ray.get([shard.search.remote(block, depth) for shard in gallery.shards])
-    if gallery.kind == "binary":
-        neighbours = without(own_ids, *merge_codes(parts, depth))[1]
-    else:
-        similarities, neighbours = without(own_ids, *merge_floats(parts, depth))
-        if settles:
-            complete = depth == gallery.embeddings.num_vectors
-            neighbours = settle_ties(similarities, neighbours, _Exact(gallery, block, vectors, own_ids), k, complete)
+    merge = merge_codes if gallery.kind == "binary" else merge_floats
+    scores, neighbours = without(own_ids, *merge(parts, depth))
+    if settles:
+        matches = None
+        if classes is not None:
+            matches = classes.gallery[neighbours] == classes.queries[ids.start : ids.stop, None]
+        neighbours = settle_ties(
+            scores,
+            neighbours,
+            _Exact(gallery, block, vectors, own_ids),
+            k,
+            complete=depth == gallery.embeddings.num_vectors,
+            matches_QK=matches,
+        )
     neighbours = neighbours[:, :k]
-    return summarise(ids, np.pad(neighbours, ((0, 0), (0, k - neighbours.shape[1])), constant_values=-1))
+    if neighbours.shape[1] < k:
+        neighbours = np.pad(neighbours, ((0, 0), (0, k - neighbours.shape[1])), constant_values=-1)
+    return summarise(ids, neighbours)
 
 
 def merge_floats(
@@ -400,16 +458,14 @@ def merge_floats(
 
 
 def merge_codes(
-    parts: list[tuple[NDArray[np.int32], NDArray[np.int64]]], k: int
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Merge the shards' neighbours into the first `k` of all, by rising distance, ties by id."""
     if len(parts) == 1:
         return parts[0]
-    bits = 40  # of an id; the rest of a key holds the distance
-    keys = np.concatenate([(distances.astype(np.int64) << bits) | ids for distances, ids in parts], axis=1)
-    keys.partition(k - 1, axis=1)
-    keys = np.sort(keys[:, :k], axis=1)
-    return keys >> bits, keys & ((1 << bits) - 1)
+    keys_QK = np.concatenate([(distances << ID_BITS) | ids for distances, ids in parts], axis=1)
+    keys_QK = np.sort(_smallest(keys_QK, k), axis=1)
+    return keys_QK >> ID_BITS, keys_QK & ((1 << ID_BITS) - 1)
 
 
 def without(
@@ -479,7 +535,13 @@ def tolerance(similarities: NDArray[np.float32], dim: int, factor: float = 1.0) 
 
 
 def settle_ties(
-    similarities_QK: NDArray[np.float32], ids_QK: NDArray[np.int64], exact: _Exact, k: int, complete: bool
+    similarities_QK: NDArray[np.float32],
+    ids_QK: NDArray[np.int64],
+    exact: _Exact,
+    k: int,
+    *,
+    complete: bool,
+    matches_QK: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int64]:
     """Order neighbours by their float64 similarities, ties by id, looking only at those that float32 cannot tell apart.
 
@@ -489,6 +551,8 @@ def settle_ties(
         exact: where to ask for the float64 similarities.
         k: neighbours wanted, the first of K.
         complete: whether the neighbours are all that the gallery has, so that none beyond them can be tied.
+        matches_QK: which neighbours must come to their exact places; the others are taken for interchangeable. None:
+            all must.
 
     Returns:
         The ids, `[Q, K]`, of which the first `k` are the nearest.
@@ -496,9 +560,46 @@ def settle_ties(
     """
     dim = exact.queries.shape[1]
     ids_QK = ids_QK.copy()
+    if not complete:
+        # The first one left out may be as near as the last one wanted.
+        last_Q = similarities_QK[:, k - 1]
+        open_Q = similarities_QK[:, -1] >= last_Q - 2 * tolerance(last_Q, dim)
+    else:
+        open_Q = np.zeros(len(ids_QK), dtype=bool)
+    rows = np.arange(len(ids_QK)) if matches_QK is None else _rows_with_close_matches(similarities_QK, matches_QK, dim)
+    rows = rows[~open_Q[rows]]
+    ids_QK[rows] = _settle_rows(similarities_QK[rows], ids_QK[rows], rows, exact, k)
+    rows = np.flatnonzero(open_Q)
+    if len(rows):
+        ids_QK[rows, :k] = exact.nearest(rows, k)[:, :k]
+    return ids_QK
+
+
+def _rows_with_close_matches(
+    similarities_QK: NDArray[np.float32], matches_QK: NDArray[np.bool_], dim: int
+) -> NDArray[np.int64]:
+    rows_P, columns_P = np.nonzero(matches_QK)
+    similarities_P = similarities_QK[rows_P, columns_P]
+    before_P = similarities_QK[rows_P, np.maximum(columns_P - 1, 0)]
+    after_P = similarities_QK[rows_P, np.minimum(columns_P + 1, similarities_QK.shape[1] - 1)]
+    close_P = (columns_P > 0) & (before_P - similarities_P <= 2 * tolerance(before_P, dim))
+    close_P |= (columns_P + 1 < similarities_QK.shape[1]) & (
+        similarities_P - after_P <= 2 * tolerance(similarities_P, dim)
+    )
+    return np.unique(rows_P[close_P])
+
+
+def _settle_rows(
+    similarities_QK: NDArray[np.float32],
+    ids_QK: NDArray[np.int64],
+    rows_Q: NDArray[np.int64],
+    exact: _Exact,
+    k: int,
+) -> NDArray[np.int64]:
+    """Settle the ties of the queries `rows_Q` of a block, none of whose ties reach beyond the neighbours."""
     factor = 1.0
     while True:
-        error_QK = tolerance(similarities_QK, dim, factor)
+        error_QK = tolerance(similarities_QK, exact.queries.shape[1], factor)
         # Whether a neighbour can change places with the next one.
         close_QK = similarities_QK[:, :-1] - similarities_QK[:, 1:] <= 2 * error_QK[:, :-1]
         involved_QK = np.zeros(ids_QK.shape, dtype=bool)
@@ -509,17 +610,11 @@ def settle_ties(
         involved_QK[:, k:] &= close_QK[:, k - 1 :]
         rows_P, columns_P = np.nonzero(involved_QK)
         ids_P, similarities_P = ids_QK[rows_P, columns_P], similarities_QK[rows_P, columns_P]
-        exact_P = exact.similarities(rows_P, ids_P)
+        exact_P = exact.similarities(rows_Q[rows_P], ids_P)
         if not (np.abs(exact_P - similarities_P) > error_QK[rows_P, columns_P]).any():
             break
         factor *= 2
     starts_P = np.ones(len(rows_P), dtype=bool)
     starts_P[1:] = (rows_P[1:] != rows_P[:-1]) | ~close_QK[rows_P[1:], columns_P[1:] - 1]
     ids_QK[rows_P, columns_P] = ids_P[np.lexsort((ids_P, -exact_P, np.cumsum(starts_P)))]
-    if not complete:
-        # The first one left out may be as near as the last one wanted.
-        open_Q = similarities_QK[:, -1] >= similarities_QK[:, k - 1] - 2 * error_QK[:, k - 1]
-        rows = np.flatnonzero(open_Q)
-        if len(rows):
-            ids_QK[rows, :k] = exact.nearest(rows, k)[:, :k]
     return ids_QK
