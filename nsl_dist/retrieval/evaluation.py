@@ -184,15 +184,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 f"{f'{name} {kind}'.strip():20}" + "".join(f"{100 * share:9.2f}" for share in shares) + nmi
                 + f"{result['bytes_per_vector'][kind]:9,}{seconds:9.1f}"
             )  # fmt: skip
+            if kind == "float" and "index" in result:
+                index = result["index"]
+                shares = [f"{k}: {100 * share:.1f}" for k, share in index["recall_of_exact"].items()]
+                lines.append(
+                    f"{'':20} index {index['factory']} {index['parameters'] or ''}: of the exact K nearest it finds, in %, "
+                    f"K = {', '.join(shares)} ({index['sampled_queries']:,} queries)"
+                )
             for metric, (low, high) in result.get("intervals", {}).get(kind, {}).items():
                 lines.append(f"{'':20} {metric.replace('_', ' ')}: {100 * low:.2f} to {100 * high:.2f} (95%)")
-        if "index" in result:
-            index = result["index"]
-            shares = [f"{k}: {100 * share:.1f}" for k, share in index["recall_of_exact"].items()]
-            lines.append(
-                f"{'':20} index {index['factory']} {index['parameters'] or ''}: of the exact K nearest it finds, in %, "
-                f"K = {', '.join(shares)} ({index['sampled_queries']:,} queries)"
-            )
     return "\n".join(lines)
 
 

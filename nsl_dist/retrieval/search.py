@@ -555,11 +555,11 @@ def settle_ties(
             all must.
 
     Returns:
-        The ids, `[Q, K]`, of which the first `k` are the nearest.
+        The ids, `[Q, K]`, of which the first `k` are the nearest; in place where they can be written.
 
     """
     dim = exact.queries.shape[1]
-    ids_QK = ids_QK.copy()
+    ids_QK = np.require(ids_QK, requirements="W")  # a copy of what lies in the object store
     if not complete:
         # The first one left out may be as near as the last one wanted.
         last_Q = similarities_QK[:, k - 1]
