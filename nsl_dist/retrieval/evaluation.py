@@ -188,8 +188,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 index = result["index"]
                 shares = [f"{k}: {100 * share:.1f}" for k, share in index["recall_of_exact"].items()]
                 lines.append(
-                    f"{'':20} index {index['factory']} {index['parameters'] or ''}: of the exact K nearest it finds, in %, "
-                    f"K = {', '.join(shares)} ({index['sampled_queries']:,} queries)"
+                    f"{'':20} index {index['factory']} {index['parameters'] or ''}: of the exact K nearest it finds, "
+                    f"in %, K = {', '.join(shares)} ({index['sampled_queries']:,} queries)"
                 )
             for metric, (low, high) in result.get("intervals", {}).get(kind, {}).items():
                 lines.append(f"{'':20} {metric.replace('_', ' ')}: {100 * low:.2f} to {100 * high:.2f} (95%)")

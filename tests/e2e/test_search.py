@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
+from sklearn.metrics import normalized_mutual_info_score
 
 from nsl_dist.config import EvalConfig
-from nsl_dist.retrieval.embeddings import EmbeddingSet, load_index, pack_codes, write_file, write_index
+from nsl_dist.retrieval.clustering import cluster_nmi
+from nsl_dist.retrieval.embeddings import EmbeddingSet, pack_codes, write_file
+from nsl_dist.retrieval.evaluation import judge_of
+from nsl_dist.retrieval.metrics import join
 from nsl_dist.retrieval.search import open_gallery, search
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -43,8 +48,7 @@ def brute_force(queries: np.ndarray, gallery: np.ndarray, k: int, *, kind: str, 
         distances = (pack_codes(queries)[:, None] ^ pack_codes(gallery)[None]).astype(np.uint8)
         distances = np.unpackbits(distances, axis=2).sum(axis=2).astype(float)
     else:
-        # One product after the other in float64: the last bits, too, depend on nothing but the two vectors.
-        distances = -np.stack([(gallery.astype(float) * query.astype(float)).sum(axis=1) for query in queries])
+        # Sum after sum in float64: the last bits, too, depend on nothing but the two vectors.
         distances = -np.stack([np.einsum("gd,d->g", gallery.astype(float), query.astype(float)) for query in queries])
     if own:
         np.fill_diagonal(distances, np.inf)
@@ -57,17 +61,59 @@ def neighbours(ids: range, found: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("make", [tied, close])
-@pytest.mark.parametrize("kind", ["float", "binary"])
+@pytest.mark.parametrize(("make", "kind"), [(tied, "float"), (close, "float"), (tied, "binary")])
 def test_any_number_of_shards_and_blocks_gives_the_brute_force_answer(tmp_path: Path, make, kind: str) -> None:
     vectors = make(NUM, DIM, np.random.default_rng(0))
     embeddings = write(tmp_path, vectors)
-    for num_shards, block_size, k in ((1, 4096, 30), (2, 100, 30), (3, 700, 1), (5, 37, 400), (4, 4096, NUM - 1)):
-        expected = brute_force(vectors, vectors, k, kind=kind, own=True)
-        memory = EvalConfig(num_shards=num_shards)
-        with open_gallery(embeddings, kind, memory, k=k, num_gpus=0) as gallery:
+    expected = brute_force(vectors, vectors, NUM - 1, kind=kind, own=True)
+    for num_shards, block_size, depths in ((1, 4096, (1, 30)), (3, 700, (30,)), (5, 137, (1, 400, NUM - 1))):
+        config = EvalConfig(num_shards=num_shards, memory_budget=1e-4 if num_shards == 3 else 4)  # memory-mapped
+        with open_gallery(embeddings, kind, config, k=max(depths), num_gpus=0) as gallery:
             assert len(gallery.shards) == num_shards
-            starts = range(0, NUM, block_size)
-            blocks = [range(start, min(start + block_size, NUM)) for start in starts]
-            found = np.concatenate(list(search(embeddings, gallery, neighbours, k=k, blocks=blocks)))
-        np.testing.assert_array_equal(found, expected, err_msg=f"{num_shards} shards, blocks of {block_size}, k {k}")
+            blocks = [range(start, min(start + block_size, NUM)) for start in range(0, NUM, block_size)]
+            for k in depths:
+                found = np.concatenate(list(search(embeddings, gallery, neighbours, k=k, blocks=blocks)))
+                np.testing.assert_array_equal(found, expected[:, :k], err_msg=f"{num_shards} shards, k {k}")
+
+
+def test_where_only_classes_count_metrics_are_those_of_the_brute_force_answer(tmp_path: Path) -> None:
+    vectors = close(NUM, DIM, np.random.default_rng(1))
+    embeddings = write(tmp_path, vectors)
+    judge = judge_of(embeddings, embeddings)
+    expected = judge(range(NUM), brute_force(vectors, vectors, 30, kind="float", own=True))
+    with open_gallery(embeddings, "float", EvalConfig(num_shards=2), k=30, num_gpus=0) as gallery:
+        blocks = [range(0, 650), range(650, NUM)]
+        ranks = join(list(search(embeddings, gallery, judge, k=30, classes=judge.classes, blocks=blocks)))
+    for name in ("first_match", "r_precision", "average_precision_at_r"):
+        np.testing.assert_array_equal(getattr(ranks, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("kind", ["float", "binary"])
+def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path, kind: str) -> None:
+    vectors = tied(200, DIM, np.random.default_rng(2))
+    queries = write(tmp_path, vectors[:60], num_files=1, split="query")
+    gallery_set = write(tmp_path, vectors[60:], num_files=2, split="gallery")
+    expected = brute_force(vectors[:60], vectors[60:], 140, kind=kind, own=False)
+    with open_gallery(gallery_set, kind, EvalConfig(num_shards=2), k=150, num_gpus=0) as gallery:
+        (found,) = search(queries, gallery, neighbours, k=150)
+    np.testing.assert_array_equal(found[:, :140], expected)
+    assert (found[:, 140:] == -1).all()
+
+
+def test_kmeans_over_shards_finds_planted_clusters(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    vectors = np.repeat(rng.normal(size=(NUM // 5, DIM)), 5, axis=0) + 0.05 * rng.normal(size=(NUM, DIM))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    embeddings = write(tmp_path, vectors)
+    labels = np.arange(NUM) // 5
+    found = {}
+    for num_shards in (1, 3):
+        with open_gallery(embeddings, "float", EvalConfig(num_shards=num_shards), k=1, num_gpus=0) as gallery:
+            found[num_shards] = cluster_nmi(gallery, labels)
+    centroids = faiss.Kmeans(DIM, NUM // 5, seed=1234, min_points_per_centroid=1)
+    centroids.train(vectors)
+    clusters = centroids.index.search(vectors, 1)[1].ravel()
+    dense = normalized_mutual_info_score(labels, clusters, average_method="geometric")
+    assert found[1] == found[3]
+    assert abs(found[1] - dense) < 0.02  # another start
+    assert found[1] > 0.9

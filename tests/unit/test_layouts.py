@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from nsl_dist.data.layouts import read_records
-from tests.conftest import write_sop
+from nsl_dist.data.layouts import read_records, recognise
+from tests.conftest import write_cars196, write_cub200, write_folders, write_inshop, write_sop
 
 
 @pytest.fixture
@@ -78,3 +78,107 @@ def test_empty_split(root: Path) -> None:
     shutil.rmtree(root / "thing_final")
     with pytest.raises(ValueError, match=r"Ebay_test.txt: no images below the header"):
         read_records(str(root), layout="sop")
+
+
+def by_split(records) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for row in records.to_pylist():
+        classes = counts.setdefault(row["split"], {})
+        classes[row["class_id"]] = classes.get(row["class_id"], 0) + 1
+    return counts
+
+
+def test_inshop(tmp_path: Path) -> None:
+    root = str(write_inshop(tmp_path, train=[3, 2], query=[2, 1, 1], gallery=[1, 3, 0]))
+    assert recognise(root) == "inshop"
+    records = read_records(root, layout="inshop")
+    assert by_split(records) == {
+        "train": {"id_00000001": 3, "id_00000002": 2},
+        "query": {"id_00000003": 2, "id_00000004": 1, "id_00000005": 1},
+        "gallery": {"id_00000003": 1, "id_00000004": 3},
+    }
+    assert all((tmp_path / row["path"]).stat().st_size == row["num_bytes"] for row in records.to_pylist())
+
+
+def test_cub200_splits_by_class(tmp_path: Path) -> None:
+    root = str(write_cub200(tmp_path, [3, 2, 2, 4]))
+    (tmp_path / "train_test_split.txt").write_text("1 0\n")  # another protocol
+    assert recognise(root) == "cub200"
+    assert by_split(read_records(root, layout="cub200")) == {"train": {"1": 3, "2": 2}, "test": {"3": 2, "4": 4}}
+
+
+def test_cars196_splits_by_class(tmp_path: Path) -> None:
+    root = str(write_cars196(tmp_path, [2, 3, 4, 1]))
+    assert recognise(root) == "cars196"
+    records = read_records(root, layout="cars196")
+    assert by_split(records) == {"train": {"1": 2, "2": 3}, "test": {"3": 4, "4": 1}}
+    assert records["path"][-1].as_py() == "car_ims/000005.jpg"
+
+
+def test_folders_split_by_class(tmp_path: Path) -> None:
+    root = str(write_folders(tmp_path, [2, 3, 1, 2, 3]))
+    assert recognise(root) == "folders"
+    assert by_split(read_records(root, layout="folders")) == {
+        "train": {"thing 1": 2, "thing 2": 3},
+        "test": {"thing 3": 1, "thing 4": 2, "thing 5": 3},
+    }
+
+
+def test_ambiguous_and_unknown_folders(root: Path, tmp_path: Path) -> None:
+    write_cub200(root, [1, 1])
+    with pytest.raises(ValueError, match=r"more than one layout: sop, cub200; say which with --layout"):
+        recognise(str(root))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds neither shards .* nor a known layout"):
+        recognise(str(tmp_path / "empty"))
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_bad_inshop(tmp_path: Path) -> None:
+    partition = write_inshop(tmp_path, train=[2], query=[1], gallery=[2]) / "list_eval_partition.txt"
+    whole = partition.read_text()
+    for old, new, message in (
+        ("5\n", "6\n", r"list_eval_partition.txt:1: expected the number of images, 5 are listed, got '6'"),
+        ("item_id", "item", r"list_eval_partition.txt:2: expected the header"),
+        ("query\n", "querry\n", r"list_eval_partition.txt:5: expected .* status of train, query or gallery"),
+        ("id_00000001     train", "id_00000002     train", r"class id_00000002 is in both splits"),
+    ):
+        replace(partition, old, new)
+        with pytest.raises(ValueError, match=message):
+            read_records(str(tmp_path), layout="inshop")
+        partition.write_text(whole)
+
+
+def test_bad_cub200(tmp_path: Path) -> None:
+    write_cub200(tmp_path, [2, 2])
+    replace(tmp_path / "image_class_labels.txt", "3 2", "3 9")
+    with pytest.raises(ValueError, match=r"image_class_labels.txt:3: class 9 of image 3 is not in classes.txt"):
+        read_records(str(tmp_path), layout="cub200")
+    replace(tmp_path / "image_class_labels.txt", "3 9", "x 2")
+    with pytest.raises(ValueError, match=r"image_class_labels.txt:3: expected a number and a value, got 'x 2'"):
+        read_records(str(tmp_path), layout="cub200")
+    replace(tmp_path / "image_class_labels.txt", "x 2", "3 2")
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*classes.txt; a CUB-200-2011 folder holds"):
+        read_records(str(tmp_path), layout="cub200")
+
+
+def test_bad_cars196(tmp_path: Path) -> None:
+    write_cars196(tmp_path, [2, 2])
+    (tmp_path / "car_ims" / "000002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotation 2: image car_ims/000002.jpg does not exist"):
+        read_records(str(tmp_path), layout="cars196")
+    (tmp_path / "cars_annos.mat").write_bytes(b"not MATLAB")
+    with pytest.raises(ValueError, match=r"cars_annos.mat is not the annotations of CARS196"):
+        read_records(str(tmp_path), layout="cars196")
+
+
+def test_one_class_folder_is_too_few(tmp_path: Path) -> None:
+    write_folders(tmp_path, [3])
+    with pytest.raises(ValueError, match=r"images of 1 class folders; training and testing need two"):
+        read_records(str(tmp_path), layout="folders")

@@ -1,75 +1,94 @@
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nsl_dist.retrieval.metrics import first_match, recall_at_k
-from nsl_dist.retrieval.search import GalleryShard, merge, read_embeddings
+from nsl_dist.retrieval.embeddings import EmbeddingSet, load_index, pack_codes, write_file, write_index
+from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
+from nsl_dist.retrieval.search import merge_codes, merge_floats, without
 
-NUM, DIM = 157, 24
 
-
-@pytest.fixture
-def embeddings(tmp_path: Path) -> tuple[str, np.ndarray, np.ndarray]:
-    """Unit vectors around 20 centres, duplicates among them, in shuffled files."""
+@pytest.mark.parametrize("dim", [8, 13])
+def test_embeddings_are_read_as_written(tmp_path: Path, dim: int) -> None:
     rng = np.random.default_rng(0)
-    labels = np.sort(rng.integers(0, 20, NUM))
-    vectors = rng.normal(size=(20, DIM))[labels] + 0.7 * rng.normal(size=(NUM, DIM))
-    vectors[50:53] = vectors[10]
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    for number, ids in enumerate(np.array_split(rng.permutation(NUM), 4)):
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[ids].ravel()), DIM)
-        pq.write_table(pa.table({"id": ids, "label": labels[ids], "embedding": column}), tmp_path / f"{number}.parquet")
-    return str(tmp_path), vectors, labels
+    vectors = rng.normal(size=(50, dim)).astype(np.float32)
+    labels = np.arange(50) // 3
+    for name, ids in (("a.parquet", np.arange(20)), ("b.parquet", np.arange(20, 50))):
+        write_file(str(tmp_path / name), split="test", ids=ids, labels=labels[ids], vectors=vectors[ids])
+    written = EmbeddingSet(str(tmp_path), "test", dim, ("a.parquet", "b.parquet"), (20, 30))
+    with pytest.raises(FileNotFoundError):
+        load_index(str(tmp_path))
+    write_index(str(tmp_path), [written])
+    read = load_index(str(tmp_path))["test"]
+    assert read == written
+    for ids in (range(50), range(5, 7), range(15, 40), range(20, 21)):
+        assert np.array_equal(read.read_all("id", ids), np.array(ids))
+        assert np.array_equal(read.read_all("label", ids), labels[ids.start : ids.stop])
+        assert np.array_equal(read.read_all("vector", ids), vectors[ids.start : ids.stop])
+        assert np.array_equal(read.read_all("code", ids), pack_codes(vectors)[ids.start : ids.stop])
+    rows = pq.read_table(tmp_path / "b.parquet").to_pylist()
+    assert list(rows[0]) == ["id", "label", "split", "vector", "code"]
+    assert (rows[0]["id"], rows[0]["label"], rows[0]["split"]) == (20, 6, "test")
+    assert np.array_equal(np.unpackbits(np.frombuffer(rows[0]["code"], np.uint8))[:dim], vectors[20] > 0)
 
 
-def dense_distances(vectors: np.ndarray, kind: str) -> np.ndarray:
-    signs = vectors > 0
-    return (signs[:, None] != signs[None]).sum(-1) if kind == "binary" else -(vectors @ vectors.T)
-
-
-@pytest.mark.parametrize("kind", ["float", "binary"])
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 5])
-def test_sharded_search_equals_the_dense_answer(embeddings, kind: str, num_shards: int) -> None:
-    location, vectors, labels = embeddings
-    k = 30
-    cuts = np.linspace(0, NUM, num_shards + 1).astype(int)
-    shards = [GalleryShard(location, (a, b)) for a, b in pairwise(cuts)]
-    queries = read_embeddings(location, ids=(0, NUM))
-    np.testing.assert_array_equal(queries.labels, labels)
-    np.testing.assert_array_equal(queries.vectors, vectors)
-    found = merge([shard.search(vectors, k + 1, kind) for shard in shards], query_ids=queries.ids, k=k)
-
-    distances = dense_distances(vectors, kind).astype(float)
-    np.fill_diagonal(distances, np.inf)
-    assert (found != np.arange(NUM)[:, None]).all()
-    assert all(len(set(row)) == k for row in found)
-    # Among equal distances any choice is a nearest neighbour.
-    nearest = np.sort(distances, axis=1)[:, :k]
-    np.testing.assert_allclose(np.take_along_axis(distances, found, axis=1), nearest, atol=1e-5)
-    matches = first_match(found, labels, labels)
-    # The first match ranks after all closer images, and with or before those as close.
-    mates = np.where(labels[:, None] == labels[None], distances, np.inf).min(axis=1)
-    closer = (distances < mates[:, None] - 1e-5).sum(axis=1)
-    as_close = (distances <= mates[:, None] + 1e-5).sum(axis=1)
-    assert ((matches >= np.minimum(closer, k)) & (matches <= np.minimum(as_close, k))).all()
-
-
-def test_merge_leaves_the_query_out_wherever_it_ranks_and_breaks_ties_by_id() -> None:
+def test_merged_floats_are_the_best_of_all() -> None:
     parts = [
-        (np.array([[0.0, 1.0]], dtype=np.float32), np.array([[7, 3]])),
-        (np.array([[0.0, 0.0, 1.0]], dtype=np.float32), np.array([[9, 5, 1]])),
+        (np.array([[0.9, 0.2]], dtype=np.float32), np.array([[3, 1]])),
+        (np.array([[0.8, 0.5, 0.1]], dtype=np.float32), np.array([[7, 5, 6]])),
     ]
-    assert merge(parts, query_ids=np.array([7]), k=4).tolist() == [[5, 9, 1, 3]]
-    assert merge(parts, query_ids=np.array([1]), k=6).tolist() == [[5, 7, 9, 3, -1, -1]]
+    similarities, ids = merge_floats(parts, 4)
+    assert ids.tolist() == [[3, 7, 5, 1]]
+    np.testing.assert_allclose(similarities, [[0.9, 0.8, 0.5, 0.2]], rtol=1e-6)
 
 
-def test_recall() -> None:
-    labels = np.array([0, 0, 1, 1, 2])
-    neighbours = np.array([[2, 1, 3], [0, 2, 3], [0, 1, 4], [2, 0, 1], [0, -1, -1]])
-    matches = first_match(neighbours, labels, labels)
-    assert matches.tolist() == [1, 0, 3, 0, 3]
-    assert [recall_at_k(matches, k) for k in (1, 2, 3)] == [0.4, 0.6, 0.6]
+def test_merged_codes_break_ties_by_id() -> None:
+    parts = [(np.array([[0, 2]]), np.array([[9, 3]])), (np.array([[0, 0, 2]]), np.array([[12, 15, 10]]))]
+    distances, ids = merge_codes(parts, 4)
+    assert (distances.tolist(), ids.tolist()) == ([[0, 0, 0, 2]], [[9, 12, 15, 3]])
+
+
+def test_the_query_is_left_out_wherever_it_ranks() -> None:
+    ids = np.array([[7, 5, 3], [5, 7, 3], [1, 2, 3]])
+    _, left = without(np.array([7, 7, 7]), ids, ids)
+    assert left.tolist() == [[5, 3], [5, 3], [1, 2]]
+    assert without(np.array([-1, -1, -1]), ids, ids)[1] is ids
+
+
+def naive(neighbours: np.ndarray, label: int, gallery: np.ndarray, relevant: int) -> tuple[float, float]:
+    hits = [gallery[i] == label and i >= 0 for i in neighbours[:relevant]]
+    precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits)) if hits[i]]
+    return (sum(hits) / relevant, sum(precisions) / relevant) if relevant else (0.0, 0.0)
+
+
+def test_ranks_against_the_definitions() -> None:
+    rng = np.random.default_rng(0)
+    gallery = np.sort(rng.integers(0, 6, 40))
+    queries = np.array([0, 1, 2, 3, 4, 5, 9])  # 9 is not in the gallery
+    neighbours = np.stack([rng.permutation(40)[:20] for _ in queries])
+    neighbours[3, 15:] = -1
+    relevant = np.array([(gallery == label).sum() for label in queries])
+    assert relevant[-1] == 0
+    ranks = rank(neighbours, queries, gallery, relevant)
+    for row, label in enumerate(queries):
+        hits = [i for i, each in enumerate(neighbours[row]) if each >= 0 and gallery[each] == label]
+        assert ranks.first_match[row] == (hits[0] if hits else 20)
+        expected = naive(neighbours[row], label, gallery, relevant[row])
+        np.testing.assert_allclose((ranks.r_precision[row], ranks.average_precision_at_r[row]), expected)
+    assert recall_at_k(np.array([0, 3, 1, 20]), 1) == 0.25
+    assert recall_at_k(np.array([0, 3, 1, 20]), 4) == 0.75
+
+
+def test_intervals_hold_the_mean_and_know_that_classes_hang_together() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(100), 20)
+    alone = (rng.random(2000) < 0.5).astype(float)
+    together = np.repeat(rng.random(100) < 0.5, 20).astype(float)
+    (low, high), (lowest, highest) = bootstrap_intervals(np.stack([alone, together], axis=1), labels)
+    assert low < alone.mean() < high
+    assert lowest < together.mean() < highest
+    assert abs((high - low) - 2 * 1.96 * 0.5 / np.sqrt(2000)) < 0.015
+    assert abs((highest - lowest) - 2 * 1.96 * 0.5 / np.sqrt(100)) < 0.04
+    with pytest.raises(ValueError, match="two test classes or more"):
+        bootstrap_intervals(np.ones((3, 1)), np.zeros(3, dtype=int))
