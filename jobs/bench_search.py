@@ -100,11 +100,11 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
     ray.get([warm.remote() for _ in range(os.cpu_count() or 1)])  # Ray's workers are up
     started = time.perf_counter()
     judge = judge_of(vectors, vectors)
-    with open_gallery(vectors, kind, config.eval, k=config.k, num_gpus=0) as gallery:
+    with open_gallery(vectors, (kind,), config.eval, k=config.k, num_gpus=0) as gallery:
         num_queries = config.num_queries or vectors.num_vectors
         starts = range(0, num_queries, gallery.block_size)
         blocks = [range(start, min(start + gallery.block_size, num_queries)) for start in starts]
-        ranks = join(list(search(vectors, gallery, judge, k=config.k, classes=judge.classes, blocks=blocks)))
+        ranks = join(list(search(vectors, gallery, kind, judge, k=config.k, classes=judge.classes, blocks=blocks)))
     seconds = time.perf_counter() - started
     assert len(ranks.first_match) == num_queries
     return seconds

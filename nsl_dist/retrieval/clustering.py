@@ -8,13 +8,13 @@ import ray
 from numpy.typing import NDArray
 
 from nsl_dist.progress import Progress
-from nsl_dist.retrieval.search import Gallery
+from nsl_dist.retrieval.search import Gallery, Kind
 
 NUM_ITERATIONS = 25  # faiss's own, as its seed
 SEED = 1234
 
 
-def cluster_nmi(gallery: Gallery, labels: NDArray[np.int64]) -> float:
+def cluster_nmi(gallery: Gallery, kind: Kind, labels: NDArray[np.int64]) -> float:
     """Return the NMI of k-means clusters with the classes, as many clusters as classes, geometrically normalised.
 
     The protocol of the paper's tables. faiss leads k-means, from a random choice of vectors; the shards assign their
@@ -22,6 +22,7 @@ def cluster_nmi(gallery: Gallery, labels: NDArray[np.int64]) -> float:
 
     Args:
         gallery: exact.
+        kind: what to cluster.
         labels: classes, by id.
 
     """
@@ -29,7 +30,7 @@ def cluster_nmi(gallery: Gallery, labels: NDArray[np.int64]) -> float:
     from sklearn.metrics import normalized_mutual_info_score
 
     num_classes = len(np.unique(labels))
-    vectors = _ShardedVectors(gallery)
+    vectors = _ShardedVectors(gallery, kind)
     with contextlib.redirect_stdout(io.StringIO()):  # faiss prints a line that means nothing to the user
         centroids = kmeans(num_classes, vectors, niter=NUM_ITERATIONS, seed=SEED, verbose=False)
     clusters, _, _ = vectors.assign_to(centroids)
@@ -39,20 +40,22 @@ def cluster_nmi(gallery: Gallery, labels: NDArray[np.int64]) -> float:
 class _ShardedVectors:
     """The vectors of a gallery as faiss's k-means asks for them (`faiss.contrib.clustering.DatasetAssign`)."""
 
-    def __init__(self, gallery: Gallery) -> None:
-        self._gallery = gallery
-        self._progress = Progress(f"k-means {gallery.kind}", "iterations", NUM_ITERATIONS + 1)
+    def __init__(self, gallery: Gallery, kind: Kind) -> None:
+        self._gallery, self._kind = gallery, kind
+        self._progress = Progress(f"k-means {kind}", "iterations", NUM_ITERATIONS + 1)
 
     def count(self) -> int:
         return self._gallery.embeddings.num_vectors
 
     def dim(self) -> int:
         embeddings = self._gallery.embeddings
-        return embeddings.dim if self._gallery.kind == "float" else 8 * embeddings.code_bytes
+        return embeddings.dim if self._kind == "float" else 8 * embeddings.code_bytes
 
     def get_subset(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         parts = self._gallery.parts(ids)
-        asked = [shard.rows.remote(ids[part]) for shard, part in zip(self._gallery.shards, parts, strict=True)]
+        asked = [
+            shard.rows.remote(ids[part], self._kind) for shard, part in zip(self._gallery.shards, parts, strict=True)
+        ]
         found = np.empty((len(ids), self.dim()), dtype=np.float32)
         for part, rows in zip(parts, ray.get(asked), strict=True):
             found[part] = rows
@@ -63,7 +66,7 @@ class _ShardedVectors:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         shared = ray.put(np.ascontiguousarray(centroids, dtype=np.float32))
         places, distances, sums = zip(
-            *ray.get([shard.assign.remote(shared) for shard in self._gallery.shards]), strict=True
+            *ray.get([shard.assign.remote(shared, self._kind) for shard in self._gallery.shards]), strict=True
         )
         self._progress.advance(1)
         return np.concatenate(places), np.concatenate(distances), np.sum(sums, axis=0).astype(np.float32)

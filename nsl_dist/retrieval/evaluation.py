@@ -20,7 +20,7 @@ from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes, Judge, Ranks, bootstrap_intervals, join, recall_at_k
-from nsl_dist.retrieval.search import Kind, open_gallery, search
+from nsl_dist.retrieval.search import Gallery, Kind, open_gallery, search
 
 # What each data set is reported with (paper, section 4.1).
 RECALL_AT: dict[Layout, tuple[int, ...]] = {
@@ -65,42 +65,47 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
     if max(recall_at) > most:
         print(f"recall@{max(recall_at)} asks for all of the {most:,} images that there are", flush=True)
 
-    results: dict[str, Any] = {name: {} for name in ("recall", "r_precision", "map_at_r")}
-    for kind in KINDS:
-        approximate = config.eval.index is not None and kind == "float"
-        sample: list[NDArray[np.int64]] = []
-        with open_gallery(gallery, kind, config.eval, k=k, num_gpus=num_gpus) as opened:
-            if approximate:
-                blocks = _sample(queries.num_vectors)
-                sample = list(search(queries, opened, _neighbours, k=k, blocks=blocks))
+    results: dict[str, Any] = {}
+    ranks: dict[Kind, Ranks] = {}
+
+    def judged(opened: Gallery, kind: Kind) -> None:
+        started = time.monotonic()
+        ranks[kind] = join(list(search(queries, opened, kind, judge, k=k, classes=judge.classes)))
+        seconds[f"search_{kind}"] = time.monotonic() - started
+
+    def sampled(opened: Gallery) -> NDArray[np.int64]:
+        return np.concatenate(list(search(queries, opened, "float", _neighbours, k=k, blocks=blocks)))
+
+    blocks = _sample(queries.num_vectors)
+    with open_gallery(gallery, KINDS, config.eval, k=k, num_gpus=num_gpus) as opened:
+        for kind in KINDS:
+            if kind == "float" and config.eval.index is not None:
+                exact = sampled(opened)
             else:
-                started = time.monotonic()
-                ranks = join(list(search(queries, opened, judge, k=k, classes=judge.classes)))
-                seconds[f"search_{kind}"] = time.monotonic() - started
+                judged(opened, kind)
             if config.eval.nmi:
                 started = time.monotonic()
-                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, judge.classes.gallery)
+                results.setdefault("nmi", {})[kind] = cluster_nmi(opened, kind, judge.classes.gallery)
                 seconds[f"nmi_{kind}"] = time.monotonic() - started
-        if approximate:
-            started = time.monotonic()
-            with open_gallery(gallery, kind, config.eval, k=k, num_gpus=0, exact=False) as opened:
-                seconds["index"] = time.monotonic() - started
-                found = list(search(queries, opened, _neighbours, k=k, blocks=blocks))
-                started = time.monotonic()
-                ranks = join(list(search(queries, opened, judge, k=k, classes=judge.classes)))
-                seconds["search_float"] = time.monotonic() - started
+    if config.eval.index is not None:
+        started = time.monotonic()
+        with open_gallery(gallery, ("float",), config.eval, k=k, num_gpus=0, exact=False) as opened:
+            seconds["index"] = time.monotonic() - started
             results["index"] = {
                 "factory": config.eval.index,
                 "parameters": config.eval.index_parameters,
-                "sampled_queries": sum(map(len, sample)),
-                "recall_of_exact": _overlap(np.concatenate(found), np.concatenate(sample), recall_at, k),
+                "sampled_queries": len(exact),
+                "recall_of_exact": _overlap(sampled(opened), exact, recall_at, k),
             }
-        # K beyond the gallery asks for all of it.
-        results["recall"][kind] = {str(at): recall_at_k(ranks.first_match, min(at, k)) for at in recall_at}
-        results["r_precision"][kind] = float(ranks.r_precision.mean())
-        results["map_at_r"][kind] = float(ranks.average_precision_at_r.mean())
-        if config.eval.intervals:
-            results.setdefault("intervals", {})[kind] = _intervals(ranks, judge.classes.queries, recall_at, k)
+            judged(opened, "float")
+    # K beyond the gallery asks for all of it.
+    results["recall"] = {
+        kind: {str(at): recall_at_k(ranks[kind].first_match, min(at, k)) for at in recall_at} for kind in KINDS
+    }
+    results["r_precision"] = {kind: float(ranks[kind].r_precision.mean()) for kind in KINDS}
+    results["map_at_r"] = {kind: float(ranks[kind].average_precision_at_r.mean()) for kind in KINDS}
+    if config.eval.intervals:
+        results["intervals"] = {kind: _intervals(ranks[kind], judge.classes.queries, recall_at, k) for kind in KINDS}
     return results | {
         "bytes_per_vector": {"float": 4 * gallery.dim, "binary": gallery.code_bytes},
         "num_queries": queries.num_vectors,

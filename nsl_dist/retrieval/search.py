@@ -52,23 +52,22 @@ class GalleryShard:
     Args:
         gallery: all of it.
         ids: this shard's.
-        kind: which embeddings to search.
+        kinds: which embeddings to search.
         num_threads: of this machine's cores.
         resident_bytes: memory for the shard's embeddings; beyond it they lie in a memory-mapped file.
 
     """
 
     def __init__(
-        self, gallery: EmbeddingSet, ids: range, kind: Kind, *, num_threads: int, resident_bytes: float
+        self, gallery: EmbeddingSet, ids: range, kinds: tuple[Kind, ...], *, num_threads: int, resident_bytes: float
     ) -> None:
         import faiss
 
         self._faiss = faiss
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads)
-        self._kind: Kind = kind
         self._first = ids.start
-        self._vectors = _load(gallery, ids, kind, resident_bytes=resident_bytes)
+        self._held = {kind: _load(gallery, ids, kind, resident_bytes=resident_bytes) for kind in kinds}
         self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
         self._index: Any = None
 
@@ -83,20 +82,20 @@ class GalleryShard:
             ValueError: faiss cannot build it.
 
         """
-        self._index = _build_index(self._vectors, factory, parameters)
-        self._vectors = self._vectors[:0]
+        self._index = _build_index(self._held.pop("float"), factory, parameters)
 
     @ray.method(concurrency_group="blocks")
     def lead(self, shared: Any, ids: range, k: int) -> Any:
         """Search one block of queries in all shards (see `search`)."""
         return _search_block(*shared, ids=ids, k=k)
 
-    def search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def search(self, queries: NDArray[Any], k: int, kind: Kind) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the nearest of this shard, nearest first.
 
         Args:
             queries: float32 `[Q, D]` or codes uint8 `[Q, D / 8]`.
             k: neighbours wanted; where the shard has fewer, all are returned.
+            kind: what to search.
 
         Returns:
             Scores `[Q, K]`, float32 inner products or int64 Hamming distances, and ids `[Q, K]`; an approximate index
@@ -105,17 +104,18 @@ class GalleryShard:
         """
         faiss = self._faiss
         faiss.omp_set_num_threads(self._num_threads)  # holds for the calling thread alone
+        if kind == "binary":
+            return self._search_codes(queries, k)
         if self._index is not None:
             scores, places = self._index.search(queries, min(k, self._index.ntotal))
         else:
-            k = min(k, len(self._vectors))
-            if self._kind == "binary":
-                return self._search_codes(queries, k)
+            vectors = self._held["float"]
+            k = min(k, len(vectors))
             if self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
                 metric = faiss.METRIC_INNER_PRODUCT
-                scores, places = faiss.knn_gpu(self._gpu, queries, self._vectors, k, metric=metric)
+                scores, places = faiss.knn_gpu(self._gpu, queries, vectors, k, metric=metric)
             else:
-                scores, places = faiss.knn(queries, self._vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+                scores, places = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
         if self._first:
             np.add(places, self._first, out=places, where=places >= 0)
         return scores, places
@@ -126,12 +126,13 @@ class GalleryShard:
         faiss counts the bits; numpy selects the nearest by one number that holds distance and id, in half the time
         that an IndexBinaryFlat takes with its heaps.
         """
+        gallery = self._held["binary"]
 
         def nearest(start: int) -> NDArray[np.int64]:
             some = np.ascontiguousarray(queries[start : start + CODES_AT_ONCE])
             best_QK = np.empty((len(some), 0), dtype=np.int64)
-            for first in range(0, len(self._vectors), 1 << PLACE_BITS):
-                codes = np.ascontiguousarray(self._vectors[first : first + (1 << PLACE_BITS)])
+            for first in range(0, len(gallery), 1 << PLACE_BITS):
+                codes = np.ascontiguousarray(gallery[first : first + (1 << PLACE_BITS)])
                 keys_QG = np.empty((len(some), len(codes)), dtype=np.int32)
                 self._faiss.hammings(*map(self._faiss.swig_ptr, (some, codes)), *keys_QG.shape, some.shape[1],
                                      self._faiss.swig_ptr(keys_QG))  # fmt: skip
@@ -162,7 +163,7 @@ class GalleryShard:
         rows, firsts = np.unique(rows_P, return_index=True)
         # Query by query: what belongs to one stays in the cache, and threads would wait for each other.
         for row, (start, stop) in zip(rows.tolist(), itertools.pairwise([*firsts.tolist(), len(rows_P)]), strict=True):
-            neighbours = self._vectors[ids_P[start:stop] - self._first].astype(np.float64)
+            neighbours = self._held["float"][ids_P[start:stop] - self._first].astype(np.float64)
             np.einsum("gd,d->g", neighbours, queries[row].astype(np.float64), out=found_P[start:stop])
         return found_P
 
@@ -174,18 +175,21 @@ class GalleryShard:
         """
         best = [(np.empty(0), np.empty(0, dtype=np.int64)) for _ in queries]
         wide_queries = queries.astype(np.float64)
-        for start in range(0, len(self._vectors), GALLERY_AT_ONCE):
-            gallery = self._vectors[start : start + GALLERY_AT_ONCE].astype(np.float64)
+        vectors = self._held["float"]
+        for start in range(0, len(vectors), GALLERY_AT_ONCE):
+            gallery = vectors[start : start + GALLERY_AT_ONCE].astype(np.float64)
             ids = self._first + start + np.arange(len(gallery))
             nearer = partial(_nearer, gallery=gallery, gallery_ids=ids, k=k)
             best = list(self._pool.map(nearer, best, wide_queries))
         return np.stack([scores for scores, _ in best]), np.stack([ids for _, ids in best])
 
-    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def rows(self, ids: NDArray[np.int64], kind: Kind) -> NDArray[np.float32]:
         """Return vectors of this shard as floats; codes as -1 and 1."""
-        return _as_floats(self._vectors[ids - self._first], self._kind)
+        return _as_floats(self._held[kind][ids - self._first])
 
-    def assign(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.float64]]:
+    def assign(
+        self, centroids: NDArray[np.float32], kind: Kind
+    ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.float64]]:
         """Assign each vector to its nearest centroid.
 
         Returns:
@@ -195,8 +199,8 @@ class GalleryShard:
         self._faiss.omp_set_num_threads(self._num_threads)
         places, distances = [], []
         sums = np.zeros(centroids.shape)
-        for start in range(0, len(self._vectors), GALLERY_AT_ONCE):
-            vectors = _as_floats(self._vectors[start : start + GALLERY_AT_ONCE], self._kind)
+        for start in range(0, len(self._held[kind]), GALLERY_AT_ONCE):
+            vectors = _as_floats(self._held[kind][start : start + GALLERY_AT_ONCE])
             distance, place = (each.ravel() for each in self._faiss.knn(vectors, centroids, 1))
             order = np.argsort(place, kind="stable")
             filled, firsts = np.unique(place[order], return_index=True)
@@ -247,10 +251,10 @@ def _load(gallery: EmbeddingSet, ids: range, kind: Kind, *, resident_bytes: floa
     return loaded
 
 
-def _as_floats(vectors: NDArray[Any], kind: Kind) -> NDArray[np.float32]:
-    if kind == "float":
-        return np.ascontiguousarray(vectors)
-    return np.unpackbits(vectors, axis=1).astype(np.float32) * 2 - 1
+def _as_floats(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    if vectors.dtype == np.uint8:
+        return np.unpackbits(vectors, axis=1).astype(np.float32) * 2 - 1
+    return np.ascontiguousarray(vectors)
 
 
 def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | None) -> Any:
@@ -281,7 +285,6 @@ class Gallery:
 
     Attributes:
         embeddings: what is searched.
-        kind: which of them.
         shards: the actors.
         cuts: first id of each shard, and the number of vectors.
         exact: False with an approximate index.
@@ -290,7 +293,6 @@ class Gallery:
     """
 
     embeddings: EmbeddingSet
-    kind: Kind
     shards: list[Any]
     cuts: list[int]
     exact: bool
@@ -304,24 +306,24 @@ class Gallery:
 
 @contextmanager
 def open_gallery(
-    embeddings: EmbeddingSet, kind: Kind, config: EvalConfig, *, k: int, num_gpus: int, exact: bool = True
+    embeddings: EmbeddingSet, kinds: tuple[Kind, ...], config: EvalConfig, *, k: int, num_gpus: int, exact: bool = True
 ) -> Iterator[Gallery]:
     """Start the actors of a gallery, wait until all have read their shards, and stop them at the end.
 
     Args:
         embeddings: the gallery.
-        kind: "float" or "binary".
+        kinds: "float", "binary" or both.
         config: number of shards, memory, approximate index.
         k: neighbours that will be asked for.
         num_gpus: GPUs that the search may take, one for each shard; codes are always searched on CPUs.
-        exact: False builds the approximate index of `config`.
+        exact: False searches floats with the approximate index of `config`.
 
     Raises:
         ValueError: the approximate index cannot be built.
 
     """
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    gpus = num_gpus if kind == "float" and exact else 0
+    gpus = num_gpus if "float" in kinds and exact else 0
     num_shards = min(config.num_shards or gpus or num_nodes, embeddings.num_vectors)
     gpus = min(gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
@@ -337,7 +339,7 @@ def open_gallery(
         actor.options(num_gpus=1 if place < gpus else 0).remote(
             embeddings,
             range(start, stop),
-            kind,
+            kinds,
             num_threads=max(1, (os.cpu_count() or 1) // shards_on_a_node),
             resident_bytes=memory / 2 / shards_on_a_node,
         )
@@ -348,7 +350,7 @@ def open_gallery(
             ray.get([shard.__ray_ready__.remote() for shard in shards])
         else:
             ray.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
-        yield Gallery(embeddings, kind, shards, cuts, exact, block_size)
+        yield Gallery(embeddings, shards, cuts, exact, block_size)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):  # the user's mistake, without the task's stack
             raise error.cause from None
@@ -361,6 +363,7 @@ def open_gallery(
 def search(
     queries: EmbeddingSet,
     gallery: Gallery,
+    kind: Kind,
     summarise: Callable[[range, NDArray[np.int64]], T],
     *,
     k: int,
@@ -372,6 +375,7 @@ def search(
     Args:
         queries: what to search for.
         gallery: from `open_gallery`.
+        kind: what to search.
         summarise: called in an actor with the ids of a block's queries and those of their neighbours, `[Q, k]`, nearest
             first, -1 where there are fewer; its results are what comes back.
         k: neighbours wanted.
@@ -386,9 +390,9 @@ def search(
     if blocks is None:
         starts = range(0, queries.num_vectors, gallery.block_size)
         blocks = [range(start, min(start + gallery.block_size, queries.num_vectors)) for start in starts]
-    name = f"search {gallery.kind}" if gallery.exact else "search approximately"
+    name = f"search {kind}" if gallery.exact or kind == "binary" else "search approximately"
     progress = Progress(name, "queries", sum(map(len, blocks)))
-    shared = ray.put((queries, gallery, summarise, classes))
+    shared = ray.put((queries, gallery, kind, summarise, classes))
     waiting = []
     for block, leader in zip(blocks, itertools.cycle(gallery.shards), strict=False):
         waiting.append((block, leader.lead.remote(shared, block, k)))
@@ -404,20 +408,21 @@ def search(
 def _search_block(
     queries: EmbeddingSet,
     gallery: Gallery,
+    kind: Kind,
     summarise: Callable[[range, NDArray[np.int64]], T],
     classes: Classes | None,
     *,
     ids: range,
     k: int,
 ) -> T:
-    vectors = queries.read_all("vector" if gallery.kind == "float" else "code", ids)
+    vectors = queries.read_all("vector" if kind == "float" else "code", ids)
     own_ids = np.array(ids) if queries == gallery.embeddings else np.full(len(ids), -1)
     block = ray.put(vectors)
-    settles = gallery.kind == "float" and gallery.exact
+    settles = kind == "float" and gallery.exact
     # One more than asked for: the query itself may be among them.
     depth = min(k + 1 + (MARGIN if settles else 0), gallery.embeddings.num_vectors)
-    parts = ray.get([shard.search.remote(block, depth) for shard in gallery.shards])
-    merge = merge_codes if gallery.kind == "binary" else merge_floats
+    parts = ray.get([shard.search.remote(block, depth, kind) for shard in gallery.shards])
+    merge = merge_codes if kind == "binary" else merge_floats
     scores, neighbours = without(own_ids, *merge(parts, depth))
     if settles:
         matches = None
@@ -507,7 +512,7 @@ class _Exact:
         """Return the ids of the `k` nearest of some queries, the queries themselves left out."""
         depth = min(k + 1, self.gallery.embeddings.num_vectors)
         found = []
-        queries_at_once = max(1, self.gallery.block_size // 8)  # more of everything for each of them
+        queries_at_once = max(16, self.gallery.block_size // 8)  # more of everything for each of them
         for start in range(0, len(rows), queries_at_once):
             some = rows[start : start + queries_at_once]
             queries = ray.put(self.queries[some])

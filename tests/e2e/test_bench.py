@@ -8,14 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "bench_proxies.py"), *arguments]
+def bench(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / f"bench_{job}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_bench_proxies() -> None:
     grid = ["--classes", "3000", "--dim", "32", "--num-sampled", "200", "--batch", "16", "--workers", "1", "2"]
-    result = bench(*grid, "--turns", "1", "--json")
+    result = bench("proxies", *grid, "--turns", "1", "--json")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(line["implementation"], line["workers"], line["num_sampled"]) for line in lines] == [
@@ -35,6 +35,20 @@ def test_bench_proxies() -> None:
 
 
 def test_bad_grids_are_refused() -> None:
-    result = bench("--batch", "15", "--workers", "2")
+    result = bench("proxies", "--batch", "15", "--workers", "2")
     assert result.returncode == 2
     assert "--batch 15 is not divisible by 2 workers" in result.stderr
+
+
+def test_bench_search() -> None:
+    grid = ["--num-vectors", "600", "--num-queries", "100", "--dim", "16", "--k", "10", "--pml-queries", "50"]
+    result = bench("search", *grid, "--turns", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["implementation"] for line in lines] == [
+        "ours_float", "faiss_flat", "ours_binary", "faiss_binary", "pml",
+    ]  # fmt: skip
+    for line in lines:
+        assert (line["num_vectors"], line["num_queries"], line["dim"], line["k"]) == (600, 100, 16, 10)
+        assert line["seconds"] >= line["seconds_min"] > 0
+        assert line["peak_mb"] > 0

@@ -1,5 +1,6 @@
 """Sharded search on a real Ray against the brute-force answer in numpy."""
 
+import itertools
 from pathlib import Path
 
 import faiss
@@ -61,19 +62,19 @@ def neighbours(ids: range, found: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize(("make", "kind"), [(tied, "float"), (close, "float"), (tied, "binary")])
-def test_any_number_of_shards_and_blocks_gives_the_brute_force_answer(tmp_path: Path, make, kind: str) -> None:
-    vectors = make(NUM, DIM, np.random.default_rng(0))
+@pytest.mark.parametrize("num_shards", [1, 3, 5])
+def test_any_number_of_shards_and_blocks_gives_the_brute_force_answer(tmp_path: Path, num_shards: int) -> None:
+    vectors = np.concatenate([tied(NUM // 2, DIM, rng := np.random.default_rng(0)), close(NUM // 2, DIM, rng)])
     embeddings = write(tmp_path, vectors)
-    expected = brute_force(vectors, vectors, NUM - 1, kind=kind, own=True)
-    for num_shards, block_size, depths in ((1, 4096, (1, 30)), (3, 700, (30,)), (5, 137, (1, 400, NUM - 1))):
-        config = EvalConfig(num_shards=num_shards, memory_budget=1e-4 if num_shards == 3 else 4)  # memory-mapped
-        with open_gallery(embeddings, kind, config, k=max(depths), num_gpus=0) as gallery:
-            assert len(gallery.shards) == num_shards
+    config = EvalConfig(num_shards=num_shards, memory_budget=1e-4 if num_shards == 3 else 4)  # memory-mapped
+    with open_gallery(embeddings, ("float", "binary"), config, k=NUM - 1, num_gpus=0) as gallery:
+        assert len(gallery.shards) == num_shards
+        cases = ((1, 137), (400, 137), (30, NUM), (NUM - 1, NUM))
+        for kind, (k, block_size) in itertools.product(("float", "binary"), cases):
+            expected = brute_force(vectors, vectors, NUM - 1, kind=kind, own=True)
             blocks = [range(start, min(start + block_size, NUM)) for start in range(0, NUM, block_size)]
-            for k in depths:
-                found = np.concatenate(list(search(embeddings, gallery, neighbours, k=k, blocks=blocks)))
-                np.testing.assert_array_equal(found, expected[:, :k], err_msg=f"{num_shards} shards, k {k}")
+            found = np.concatenate(list(search(embeddings, gallery, kind, neighbours, k=k, blocks=blocks)))
+            np.testing.assert_array_equal(found, expected[:, :k], err_msg=f"{kind}, blocks of {block_size}, k {k}")
 
 
 def test_where_only_classes_count_metrics_are_those_of_the_brute_force_answer(tmp_path: Path) -> None:
@@ -81,9 +82,9 @@ def test_where_only_classes_count_metrics_are_those_of_the_brute_force_answer(tm
     embeddings = write(tmp_path, vectors)
     judge = judge_of(embeddings, embeddings)
     expected = judge(range(NUM), brute_force(vectors, vectors, 30, kind="float", own=True))
-    with open_gallery(embeddings, "float", EvalConfig(num_shards=2), k=30, num_gpus=0) as gallery:
-        blocks = [range(0, 650), range(650, NUM)]
-        ranks = join(list(search(embeddings, gallery, judge, k=30, classes=judge.classes, blocks=blocks)))
+    with open_gallery(embeddings, ("float",), EvalConfig(num_shards=2), k=30, num_gpus=0) as gallery:
+        blocks = [range(650), range(650, NUM)]
+        ranks = join(list(search(embeddings, gallery, "float", judge, k=30, classes=judge.classes, blocks=blocks)))
     for name in ("first_match", "r_precision", "average_precision_at_r"):
         np.testing.assert_array_equal(getattr(ranks, name), getattr(expected, name))
 
@@ -94,8 +95,8 @@ def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path
     queries = write(tmp_path, vectors[:60], num_files=1, split="query")
     gallery_set = write(tmp_path, vectors[60:], num_files=2, split="gallery")
     expected = brute_force(vectors[:60], vectors[60:], 140, kind=kind, own=False)
-    with open_gallery(gallery_set, kind, EvalConfig(num_shards=2), k=150, num_gpus=0) as gallery:
-        (found,) = search(queries, gallery, neighbours, k=150)
+    with open_gallery(gallery_set, (kind,), EvalConfig(num_shards=2), k=150, num_gpus=0) as gallery:
+        (found,) = search(queries, gallery, kind, neighbours, k=150)
     np.testing.assert_array_equal(found[:, :140], expected)
     assert (found[:, 140:] == -1).all()
 
@@ -108,8 +109,8 @@ def test_kmeans_over_shards_finds_planted_clusters(tmp_path: Path) -> None:
     labels = np.arange(NUM) // 5
     found = {}
     for num_shards in (1, 3):
-        with open_gallery(embeddings, "float", EvalConfig(num_shards=num_shards), k=1, num_gpus=0) as gallery:
-            found[num_shards] = cluster_nmi(gallery, labels)
+        with open_gallery(embeddings, ("float",), EvalConfig(num_shards=num_shards), k=1, num_gpus=0) as gallery:
+            found[num_shards] = cluster_nmi(gallery, "float", labels)
     centroids = faiss.Kmeans(DIM, NUM // 5, seed=1234, min_points_per_centroid=1)
     centroids.train(vectors)
     clusters = centroids.index.search(vectors, 1)[1].ravel()

@@ -1,0 +1,165 @@
+"""Every layout from raw images to an evaluated model, by its jobs; and what can go wrong in an evaluation."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nsl_dist.config import EvalConfig, EvaluateConfig, TestDataConfig, config_from_dict
+from nsl_dist.data.shards import load_manifest
+from nsl_dist.retrieval.embed import embed
+from nsl_dist.retrieval.evaluation import find_checkpoint, run
+from tests.conftest import write_cars196, write_cub200, write_folders, write_inshop
+
+pytestmark = pytest.mark.usefixtures("cluster")
+JOBS = Path(__file__).parents[2] / "jobs"
+SMALL = [
+    "--recipe=laptop", "--optim.epochs=1", "--data.image-size=16", "--model.dim=16", "--data.batch-size=8",
+    "--data.images-per-class=2", "--model.batch-norm=frozen",
+]  # fmt: skip
+
+
+def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    """Run a job as its command line would, on the Ray of the tests."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
+
+
+def inshop(root: Path) -> Path:
+    return write_inshop(root, train=[4] * 5, query=[2, 1, 1], gallery=[2, 3, 0])
+
+
+LAYOUTS: list[tuple[str, Callable[[Path], Path], str, list[str]]] = [
+    ("inshop", inshop, "train_inshop", ["1", "10", "20", "30", "40", "50"]),
+    ("cub200", lambda root: write_cub200(root, [4] * 5 + [3, 3, 2, 1, 2]), "train_cub200", ["1", "2", "4", "8"]),
+    ("cars196", lambda root: write_cars196(root, [4] * 5 + [3, 3, 2, 1, 2]), "train_cars196", ["1", "2", "4", "8"]),
+    ("folders", lambda root: write_folders(root, [4] * 5 + [3, 3, 2, 1, 2]), "train_sop", ["1", "10", "100"]),
+]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.mark.parametrize(("layout", "write", "train", "ks"), LAYOUTS, ids=[each[0] for each in LAYOUTS])
+def test_prepare_train_evaluate(
+    layout: str, write, train: str, ks: list[str], storage: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    root, shards = write(tmp_path / "raw"), tmp_path / "shards"
+    job(monkeypatch, "prepare_shards", f"--root={root}", f"--out={shards}", f"--layout={layout}")
+    assert load_manifest(str(shards)).layout == layout
+    job(monkeypatch, train, f"--data.root={shards}", f"--storage={storage}", f"--run-name={layout}", *SMALL)
+    trained = json.loads((storage / "runs" / layout / "results.json").read_text())
+
+    raw = ["--checkpoint", f"{storage}/runs/{layout}", "--data.root", f"{root}", "--layout", layout]
+    run_id = (storage / "runs" / layout / "mlflow_run_id").read_text()
+    job(monkeypatch, "evaluate", *raw, "--storage", f"{storage}", "--run-id", run_id, "--eval.intervals")
+    output = capsys.readouterr().out
+    assert "embeddings: all there in" in output  # those of the training's own evaluation
+    (results,) = (storage / "evaluations").glob("*/results.json")
+    results = json.loads(results.read_text())
+    shutil.rmtree(storage / "evaluations")
+    for metric in ("recall", "r_precision", "map_at_r"):
+        assert results[metric] == trained[metric]
+    assert list(results["recall"]["float"]) == ks
+    assert results["bytes_per_vector"] == {"float": 64, "binary": 2}
+    if layout == "inshop":
+        assert (results["num_queries"], results["num_gallery"], results["num_queries_without_match"]) == (4, 5, 1)
+        assert results["recall"]["float"]["50"] == 3 / 4  # all but the query whose class the gallery lacks
+    else:
+        assert (results["num_queries"], results["num_queries_without_match"]) == (11, 1)
+        assert results["recall"]["binary"][ks[-1]] <= 10 / 11
+    low, high = results["intervals"]["float"]["map_at_r"]
+    assert low <= results["map_at_r"]["float"] <= high
+    assert 0 <= results["nmi"]["float"] <= 1
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    assert client.get_experiment_by_name(layout) is not None
+    logged = client.get_run(run_id)
+    assert logged.data.metrics["map_at_r_binary"] == results["map_at_r"]["binary"]
+    assert logged.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run_id)] == ["evaluations", "results.json"]
+
+
+@pytest.fixture
+def config(storage: Path) -> EvaluateConfig:
+    """An evaluation of the checkpoint that `test_prepare_train_evaluate[folders]` left."""
+    checkpoint = find_checkpoint(str(storage / "runs" / "folders"))
+    return EvaluateConfig(checkpoint=checkpoint, storage=str(storage), eval=EvalConfig(nmi=False))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_folders(tmp_path / "raw", [4] * 5 + [3, 3, 2, 1, 2])
+
+
+def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path: Path) -> None:
+    other = TestDataConfig(root=str(write_cub200(tmp_path, [2, 2, 3, 2])))
+    with pytest.raises(ValueError, match=r"trained on data of digest .* test classes may have been trained on"):
+        run(dataclasses.replace(config, data=other))
+    results = run(dataclasses.replace(config, data=dataclasses.replace(other, unrelated=True)))
+    assert results["num_queries"] == 5
+
+
+def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, root: Path, storage: Path, tmp_path: Path) -> None:
+    settings = config_from_dict(json.loads((Path(config.checkpoint) / "run.json").read_text())["config"])
+    weights = (Path(config.checkpoint) / "model.pt").read_bytes()
+    (shards,) = (each.parent for each in (storage / "shards").glob("*/manifest.json") if "folders" in each.read_text())
+    manifest, out = load_manifest(str(shards)), tmp_path / "embeddings"
+    first = embed(weights, settings, manifest, out=str(out), num_gpus=0)["test"]
+    (out / "embeddings.json").unlink()
+    missing = first.files[1]
+    (out / missing).unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = embed(weights, settings, manifest, out=str(out), num_gpus=0)["test"]
+    assert again == first
+    assert kept == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name in kept}
+    ids = pq.read_table([out / name for name in first.files], columns=["id"])["id"].to_pylist()
+    assert ids == list(range(11))
+    norms = np.linalg.norm(again.read_all("vector", range(11)), axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("nan", r"the model gives \d+ embeddings that are zero or not finite, the first for image \d+ of class thing"),
+        ("dim", r"model.pt is no resnet18 of 16 dimensions, as run.json beside it says"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused(
+    damage: str, message: str, config: EvaluateConfig, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(config.checkpoint, tmp_path / "bad")
+    state = torch.load(tmp_path / "bad" / "model.pt", weights_only=True)
+    state["linear.weight"] = state["linear.weight"] * torch.nan if damage == "nan" else torch.ones(8, 512)
+    torch.save(state, tmp_path / "bad" / "model.pt")
+    bad = dataclasses.replace(config, checkpoint=str(tmp_path / "bad"), data=TestDataConfig(root=str(root)))
+    with pytest.raises(ValueError, match=message):
+        run(bad)
+
+
+def test_a_missing_checkpoint_and_an_impossible_index(config: EvaluateConfig, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere"):
+        run(dataclasses.replace(config, checkpoint=str(tmp_path / "nowhere")))
+    data, index = TestDataConfig(root=str(root)), EvalConfig(index="IVF4096,Flat", nmi=False)
+    with pytest.raises(ValueError, match=r"faiss cannot build --eval.index IVF4096,Flat .* over a shard of 11 vectors"):
+        run(dataclasses.replace(config, data=data, eval=index))
+
+
+def test_an_approximate_index_says_what_it_finds(config: EvaluateConfig, root: Path) -> None:
+    index = EvalConfig(index="HNSW8", index_parameters="efSearch=64", nmi=False)
+    results = run(dataclasses.replace(config, data=TestDataConfig(root=str(root)), eval=index))
+    exact = run(dataclasses.replace(config, data=TestDataConfig(root=str(root))))
+    assert results["index"]["recall_of_exact"]["1"] > 0.9
+    assert results["recall"]["binary"] == exact["recall"]["binary"]
+    assert abs(results["recall"]["float"]["1"] - exact["recall"]["float"]["1"]) <= 1 / 11
