@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +58,10 @@ class BenchConfig:
     """Queries of pml, which holds queries x k x dimensions at once."""
     turns: int = 3
     """How often each is measured; the median counts."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Shards and memory of ours."""
+    num_shards: int = 1
+    """Shards of ours, each in a process."""
+    memory_budget: float = 4.0
+    """GiB for embeddings and neighbours of ours."""
     json: bool = False
     """One JSON object a line instead of a table."""
 
@@ -100,7 +102,8 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
     ray.get([warm.remote() for _ in range(os.cpu_count() or 1)])  # Ray's workers are up
     started = time.perf_counter()
     judge = judge_of(vectors, vectors)
-    with open_gallery(vectors, (kind,), config.eval, k=config.k, num_gpus=0) as gallery:
+    search_config = EvalConfig(num_shards=config.num_shards, memory_budget=config.memory_budget)
+    with open_gallery(vectors, (kind,), search_config, k=config.k, num_gpus=0) as gallery:
         num_queries = config.num_queries or vectors.num_vectors
         starts = range(0, num_queries, gallery.block_size)
         blocks = [range(start, min(start + gallery.block_size, num_queries)) for start in starts]

@@ -168,10 +168,6 @@ class CheckpointConfig:
 class EvalConfig:
     """Retrieval on the test split: every image queries the rest, or the query split queries the gallery."""
 
-    every: int = 0
-    """Epochs between evaluations; 0 evaluates at the end only."""
-    untrained: bool = False
-    """Evaluate before the first iteration too, to show what training adds."""
     recall_at: tuple[int, ...] | None = None
     """Values of K for recall@K. None: those that the data set is reported with."""
     nmi: bool = True
@@ -191,7 +187,6 @@ class EvalConfig:
     """Search parameters of --eval.index as faiss names them: nprobe=16 or efSearch=128."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"--eval.every {self.every} must be >= 0")
         _require(
             self.recall_at is None or (len(self.recall_at) > 0 and min(self.recall_at) >= 1),
             f"--eval.recall-at {self.recall_at} must all be >= 1",
@@ -203,6 +198,20 @@ class EvalConfig:
         )
         _require(self.batch_size >= 1, f"--eval.batch-size {self.batch_size} must be >= 1")
         _require(self.num_shards is None or self.num_shards >= 1, f"--eval.num-shards {self.num_shards} must be >= 1")
+
+
+@dataclass(frozen=True)
+class TrainEvalConfig(EvalConfig):
+    """Evaluation in the course of a training."""
+
+    every: int = 0
+    """Epochs between evaluations; 0 evaluates at the end only."""
+    untrained: bool = False
+    """Evaluate before the first iteration too, to show what training adds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.every >= 0, f"--eval.every {self.every} must be >= 0")
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,7 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
-class TestDataConfig:
+class EvaluateDataConfig:
     """What a checkpoint is evaluated on."""
 
     root: str | None = None
@@ -250,7 +259,7 @@ class EvaluateConfig:
     is remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to embed and to search. auto: cuda if the cluster has GPUs."""
-    data: TestDataConfig = field(default_factory=TestDataConfig)
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
@@ -281,7 +290,7 @@ class TrainConfig:
     proxies: ProxyConfig = field(default_factory=ProxyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: TrainEvalConfig = field(default_factory=TrainEvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -317,7 +326,7 @@ def config_from_dict(fields: dict[str, Any]) -> TrainConfig:
     """
     parts = {
         "data": DataConfig, "model": ModelConfig, "proxies": ProxyConfig, "optim": OptimConfig,
-        "checkpoint": CheckpointConfig, "eval": EvalConfig, "tracking": TrackingConfig,
+        "checkpoint": CheckpointConfig, "eval": TrainEvalConfig, "tracking": TrackingConfig,
     }  # fmt: skip
     fields = {name: parts[name](**value) if name in parts else value for name, value in fields.items()}
     if fields["eval"].recall_at is not None:

@@ -205,40 +205,33 @@ def layout_of(root: str, layout: Layout | None) -> Layout:
 
 
 def open_data(root: str | None, *, layout: Layout | None, storage_root: str, max_undecodable: float) -> Manifest:
-    """Open the data of a run: shards, a raw folder sharded once into `storage_root`, or for None synthetic products.
+    """Open shards, or prepare a raw folder into `storage_root/shards/DIGEST` unless that was done before.
+
+    Args:
+        root: folder or URI of shards or of a raw data set; None: synthetic products, rendered into `storage_root`.
+        layout: of the data set; None: recognised by its files.
+        storage_root: folder or URI.
+        max_undecodable: share of the images above which preparation stops.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: its contents are refused, or there is too little to evaluate on.
+        ValueError: its contents are refused (see `read_records`, `prepare`), or there is too little to evaluate on.
 
     """
-    if root is None:
-        root = write_products(storage.join(storage_root, "synthetic"))
+    root = storage.absolute(root or write_products(storage.join(storage_root, "synthetic")))
     layout = layout_of(root, layout)
-    cache = storage.join(storage_root, "shards")
-    manifest = open_or_prepare(root, layout=layout, cache=cache, max_undecodable=max_undecodable)
+    if is_prepared(root):
+        manifest = load_manifest(root)
+    else:
+        records = read_records(root, layout=layout)
+        out = storage.join(storage_root, "shards", records_digest(records, layout=layout)[:16])
+        if not is_prepared(out):
+            print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
+        manifest = prepare(records, root=root, layout=layout, out=out, max_undecodable=max_undecodable)
     query, gallery = manifest.evaluation_splits
     if (num_images := manifest.split(gallery).num_images) < (2 if query == gallery else 1):
         raise ValueError(f"{root}: the test split has {num_images} image, too few for one to be found by another")
     return manifest
-
-
-def open_or_prepare(root: str, *, layout: Layout, cache: str, max_undecodable: float) -> Manifest:
-    """Open prepared shards, or prepare a raw folder into `cache/DIGEST` unless that was done before.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: its contents are refused (see `read_records`, `prepare`).
-
-    """
-    root = storage.absolute(root)
-    if is_prepared(root):
-        return load_manifest(root)
-    records = read_records(root, layout=layout)
-    out = storage.join(cache, records_digest(records, layout=layout)[:16])
-    if not is_prepared(out):
-        print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
-    return prepare(records, root=root, layout=layout, out=out, max_undecodable=max_undecodable)
 
 
 def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undecodable: float) -> Manifest:

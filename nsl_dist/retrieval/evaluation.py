@@ -13,8 +13,8 @@ from pyarrow import fs
 from ray.util.queue import Queue
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, config_from_dict
-from nsl_dist.data.shards import Manifest, layout_of, open_data
+from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, TrainEvalConfig, config_from_dict
+from nsl_dist.data.shards import Manifest, open_data
 from nsl_dist.progress import duration
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
@@ -257,7 +257,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.device == "cuda" and num_gpus == 0:
         raise ValueError("--device cuda needs GPUs, the cluster has none; leave it out, or add nodes")
     manifest = _open_test_data(config, settings, trained["digest"])
-    settings = dataclasses.replace(settings, storage=config.storage, eval=config.eval)
+    ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
+    settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))
     weights = storage.join(checkpoint, storage.MODEL_FILE)
     _check_weights(weights, settings)
     query, gallery = manifest.evaluation_splits
@@ -317,9 +318,12 @@ def find_checkpoint(location: str) -> str:
 
 def _open_test_data(config: EvaluateConfig, settings: TrainConfig, digest: str) -> Manifest:
     """Open the data to evaluate on; refuse other data than that of the training unless it was asked for."""
-    root = config.data.root or settings.data.root
-    layout = layout_of(root, config.data.layout) if root is not None else "sop"
-    manifest = open_data(root, layout=layout, storage_root=config.storage, max_undecodable=config.data.max_undecodable)
+    manifest = open_data(
+        config.data.root or settings.data.root,
+        layout=config.data.layout,
+        storage_root=config.storage,
+        max_undecodable=config.data.max_undecodable,
+    )
     if manifest.digest != digest and not config.data.unrelated:
         raise ValueError(
             f"the checkpoint was trained on data of digest {digest[:16]}, {manifest.root} has {manifest.digest[:16]}: "

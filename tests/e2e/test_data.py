@@ -11,7 +11,7 @@ from nsl_dist.config import DataConfig
 from nsl_dist.data import synthetic
 from nsl_dist.data.layouts import read_records
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import load_manifest, open_or_prepare, prepare, records_digest
+from nsl_dist.data.shards import load_manifest, open_data, prepare, records_digest
 from nsl_dist.data.stream import fetch, planned_batches
 from nsl_dist.data.transforms import augment
 from tests.conftest import write_sop
@@ -21,7 +21,8 @@ SIZES = {"train": [3, 9, 2, 5, 4, 6, 1, 7, 3, 5, 8, 2], "test": [2, 1, 4]}
 
 
 def shard(root: Path, out: Path, max_undecodable: float = 0.0):
-    return prepare(read_records(str(root), layout="sop"), root=str(root), out=str(out), max_undecodable=max_undecodable)
+    records = read_records(str(root), layout="sop")
+    return prepare(records, root=str(root), layout="sop", out=str(out), max_undecodable=max_undecodable)
 
 
 def test_shards_hold_every_image_once(tmp_path: Path) -> None:
@@ -46,14 +47,16 @@ def test_shards_hold_every_image_once(tmp_path: Path) -> None:
 
 def test_first_use_is_cached_by_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_sop(tmp_path / "raw", SIZES)
-    first = open_or_prepare(str(root), cache=str(tmp_path / "cache"), max_undecodable=0.0)
+    first = open_data(str(root), layout=None, storage_root=str(tmp_path), max_undecodable=0.0)
     assert "Sharding" in capsys.readouterr().out
-    again = open_or_prepare(str(root), cache=str(tmp_path / "cache"), max_undecodable=0.0)
+    with pytest.raises(ValueError, match=r"holds shards of layout sop, not cub200"):
+        open_data(first.root, layout="cub200", storage_root="unused", max_undecodable=0.0)
+    again = open_data(str(root), layout=None, storage_root=str(tmp_path), max_undecodable=0.0)
     assert capsys.readouterr().out == ""
-    assert again == first == open_or_prepare(first.root, cache="unused", max_undecodable=0.0)
+    assert again == first == open_data(first.root, layout="sop", storage_root="unused", max_undecodable=0.0)
     assert first.digest == records_digest(read_records(str(root), layout="sop"), layout="sop")
     (root / "thing_final" / "1_1.JPG").write_bytes((root / "thing_final" / "2_4.JPG").read_bytes() + b"\0")
-    assert open_or_prepare(str(root), cache=str(tmp_path / "cache"), max_undecodable=0.0).digest != first.digest
+    assert open_data(str(root), layout=None, storage_root=str(tmp_path), max_undecodable=0.0).digest != first.digest
 
 
 def test_undecodable_images_are_listed_and_left_out_or_refused(tmp_path: Path) -> None:
@@ -88,9 +91,9 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
-        open_or_prepare(str(tmp_path / "nowhere"), cache="unused", max_undecodable=0.0)
-    with pytest.raises(ValueError, match=r"holds neither shards .* nor Stanford Online Products"):
-        open_or_prepare(str(tmp_path), cache="unused", max_undecodable=0.0)
+        open_data(str(tmp_path / "nowhere"), layout=None, storage_root="unused", max_undecodable=0.0)
+    with pytest.raises(ValueError, match=r"holds neither shards .* nor a known layout"):
+        open_data(str(tmp_path), layout=None, storage_root="unused", max_undecodable=0.0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
