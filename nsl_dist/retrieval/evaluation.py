@@ -256,6 +256,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     num_gpus = int(ray.cluster_resources().get("GPU", 0)) if config.device != "cpu" else 0
     if config.device == "cuda" and num_gpus == 0:
         raise ValueError("--device cuda needs GPUs, the cluster has none; leave it out, or add nodes")
+    cluster.require(
+        cpus=1 if num_gpus else 2, gpus=0, why="one to read and decode" + ("" if num_gpus else ", one to embed")
+    )
     manifest = _open_test_data(config, settings, trained["digest"])
     ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
     settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))

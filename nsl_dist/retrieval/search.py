@@ -3,10 +3,10 @@
 The gallery is cut into shards, each in an actor; queries travel in blocks; one of the actors, each in turn, asks all
 for a block's neighbours, merges and summarises them, so that no process holds more than its shard and a few blocks.
 
-Neighbours are ordered by similarity, ties by ascending id. For binary codes faiss does exactly that. Float similarities
-come out of matrix products whose last bits depend on the shape of the blocks: neighbours whose float32 similarities are
-too close to be told apart are compared by their inner products in float64, summed in one fixed order. So the result
-does not depend on the number of shards, blocks or threads.
+Neighbours are ordered by similarity, ties by ascending id. Distances of codes are whole numbers and leave no doubt.
+Float similarities come out of matrix products whose last bits depend on the shape of the blocks: neighbours whose
+float32 similarities are too close to be told apart are compared by their inner products in float64, summed in one fixed
+order. So the result does not depend on the number of shards, blocks or threads.
 
 Letters of array names: Q queries of a block, K neighbours, D dimensions, P pairs of a query and a neighbour.
 """
@@ -35,8 +35,8 @@ Kind = Literal["float", "binary"]
 T = TypeVar("T")
 
 MARGIN = 32  # neighbours retrieved beyond those asked for, to see whether the last of them is tied with others
-MOST_QUERIES = 4096  # of a block; faiss itself works on as many at a time
-MOST_GPU_NEIGHBOURS = 2048  # faiss's limit
+MOST_QUERIES = 1024  # of a block: its neighbours stay in the cache until they are summarised
+MOST_GPU_NEIGHBOURS = 2048  # faiss's limit; beyond it a shard searches on its CPUs
 BLOCKS_IN_FLIGHT = 2  # one is searched while ties of another are settled
 GALLERY_AT_ONCE = 16384
 CODES_AT_ONCE = 64  # queries
