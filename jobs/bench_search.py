@@ -105,8 +105,7 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
     search_config = EvalConfig(num_shards=config.num_shards, memory_budget=config.memory_budget)
     with open_gallery(vectors, (kind,), search_config, k=config.k, num_gpus=0) as gallery:
         num_queries = config.num_queries or vectors.num_vectors
-        starts = range(0, num_queries, gallery.block_size)
-        blocks = [range(start, min(start + gallery.block_size, num_queries)) for start in starts]
+        blocks = gallery.blocks(num_queries)
         ranks = join(list(search(vectors, gallery, kind, judge, k=config.k, classes=judge.classes, blocks=blocks)))
     seconds = time.perf_counter() - started
     assert len(ranks.first_match) == num_queries

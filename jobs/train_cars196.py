@@ -15,8 +15,6 @@ from nsl_dist.commandline import parse_train_config, run_job
 def main() -> None:
     """Parse, train, evaluate."""
     config = parse_train_config(sys.argv[1:], description=__doc__ or "", recipe="cars196_resnet50", layout="cars196")
-    if config.data.root is None:
-        raise ValueError("give the folder of CARS196, or shards of it, as --data.root")
 
     from nsl_dist.training.run import train  # after parsing: --help needs neither torch nor Ray
 

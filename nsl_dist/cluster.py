@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import ray
 import ray.data
@@ -31,6 +32,16 @@ def connect(*, num_cpus: int) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="warning",
     )
+
+
+def get(references: Any) -> Any:
+    """Return what `ray.get` does; a user's mistake found in a task is raised as itself, without the task's stack."""
+    try:
+        return ray.get(references)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (ValueError, FileNotFoundError)):
+            raise error.cause from None
+        raise
 
 
 def require(*, cpus: float, gpus: float, why: str) -> None:

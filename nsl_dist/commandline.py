@@ -23,6 +23,7 @@ def parse_train_config(
         layout: of the job's data set, None for any; `--layout` overrides it.
 
     Raises:
+        ValueError: the job's data set has no root.
         SystemExit: `--help`, a flag that does not exist, or a value out of range.
 
     """
@@ -30,7 +31,10 @@ def parse_train_config(
     first.add_argument("--recipe", choices=list(RECIPES), default=recipe)
     default = RECIPES[first.parse_known_args(arguments)[0].recipe]()
     default = dataclasses.replace(default, data=dataclasses.replace(default.data, layout=layout))
-    return tyro.cli(TrainConfig, args=spell_out(arguments), default=default, description=description)
+    config = tyro.cli(TrainConfig, args=spell_out(arguments), default=default, description=description)
+    if layout is not None and config.data.root is None:
+        raise ValueError(f"give the folder of the data set (layout {layout}), or shards of it, as --data.root")
+    return config
 
 
 def spell_out(arguments: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """Data and clusters that the tests share."""
 
 import io
+import runpy
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+JOBS = Path(__file__).parents[1] / "jobs"
 OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot_sop.zip"
 
 
@@ -32,6 +35,12 @@ def cluster() -> Iterator[None]:
     connect(num_cpus=4)
     yield
     ray.shutdown()
+
+
+def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    """Run a job as its command line would, on the Ray of the tests."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
 
 
 def encode(pixels: np.ndarray, kind: str = "JPEG") -> bytes:

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +26,7 @@ from nsl_dist import storage
 from nsl_dist.config import Layout
 from nsl_dist.data.layouts import RECORDS_SCHEMA, read_records, recognise
 from nsl_dist.data.synthetic import write_products
+from nsl_dist.progress import Progress
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 * 2**20
@@ -369,29 +369,19 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
 def _collect(rows: Iterator[dict[str, Any]], *, num_images: int, max_undecodable: float) -> list[dict[str, Any]]:
     """Gather the shards' reports with progress; stop as soon as too many images are undecodable."""
     reports: list[dict[str, Any]] = []
-    done = 0
     bad: list[dict[str, str]] = []
-    started = last_shown = time.monotonic()
+    progress = Progress("shards", "images", num_images)
     for row in rows:
         report = json.loads(row["report"])
         reports.append(report)
         bad += report["undecodable"]
-        done += report["shard"]["num_images"] + len(report["undecodable"])
         if len(bad) > max_undecodable * num_images:
             raise ValueError(
                 f"{len(bad)} of {num_images} images cannot be decoded, more than the allowed share "
                 f"{max_undecodable}; first: {bad[0]['path']} ({bad[0]['error']}); mend them, or raise "
                 "--data.max-undecodable (--max-undecodable of jobs/prepare_shards.py) to leave them out"
             )
-        now = time.monotonic()
-        if now - last_shown > 2 or done == num_images:
-            rate = done / (now - started)
-            print(
-                f"shards: {done:,}/{num_images:,} images, {rate:,.0f} images/s, "
-                f"{(num_images - done) / rate:.0f} s left",
-                flush=True,
-            )
-            last_shown = now
+        progress.advance(report["shard"]["num_images"] + len(report["undecodable"]))
     return reports
 
 

@@ -52,13 +52,8 @@ class _ShardedVectors:
         return embeddings.dim if self._kind == "float" else 8 * embeddings.code_bytes
 
     def get_subset(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        parts = self._gallery.parts(ids)
-        asked = [
-            shard.rows.remote(ids[part], self._kind) for shard, part in zip(self._gallery.shards, parts, strict=True)
-        ]
         found = np.empty((len(ids), self.dim()), dtype=np.float32)
-        for part, rows in zip(parts, ray.get(asked), strict=True):
-            found[part] = rows
+        self._gallery.gather(ids, lambda shard, part: shard.rows.remote(ids[part], self._kind), found)
         return found
 
     def assign_to(

@@ -355,7 +355,4 @@ def _check_weights(weights: str, config: TrainConfig) -> None:
                 f"says: {error}; the checkpoint was changed: copy it again"
             ) from error
 
-    try:
-        ray.get(ray.remote(check).remote())  # in a task, since torchvision takes long to import
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+    cluster.get(ray.remote(check).remote())  # in a task, since torchvision takes long to import

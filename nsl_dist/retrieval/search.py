@@ -26,6 +26,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from nsl_dist import cluster
 from nsl_dist.config import EvalConfig
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.embeddings import EmbeddingSet
@@ -298,10 +299,25 @@ class Gallery:
     exact: bool
     block_size: int
 
-    def parts(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Return for each shard the places in `ids` of its own."""
+    def blocks(self, num_queries: int) -> list[range]:
+        """Cut the first `num_queries` queries into blocks."""
+        starts = range(0, num_queries, self.block_size)
+        return [range(start, min(start + self.block_size, num_queries)) for start in starts]
+
+    def gather(self, ids: NDArray[np.int64], ask: Callable[[Any, NDArray[np.int64]], Any], out: NDArray[Any]) -> None:
+        """Fill `out` with what the owners of `ids` answer.
+
+        Args:
+            ids: of the gallery.
+            ask: given a shard and the places in `ids` of its own, calls it.
+            out: one row for each id.
+
+        """
         owners = np.searchsorted(self.cuts, ids, side="right") - 1
-        return [np.flatnonzero(owners == place) for place in range(len(self.shards))]
+        parts = [np.flatnonzero(owners == place) for place in range(len(self.shards))]
+        asked = [ask(shard, part) for shard, part in zip(self.shards, parts, strict=True)]
+        for part, rows in zip(parts, ray.get(asked), strict=True):
+            out[part] = rows
 
 
 @contextmanager
@@ -349,12 +365,8 @@ def open_gallery(
         if exact:
             ray.get([shard.__ray_ready__.remote() for shard in shards])
         else:
-            ray.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
+            cluster.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
         yield Gallery(embeddings, shards, cuts, exact, block_size)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):  # the user's mistake, without the task's stack
-            raise error.cause from None
-        raise
     finally:
         for shard in shards:
             ray.kill(shard)
@@ -388,8 +400,7 @@ def search(
 
     """
     if blocks is None:
-        starts = range(0, queries.num_vectors, gallery.block_size)
-        blocks = [range(start, min(start + gallery.block_size, queries.num_vectors)) for start in starts]
+        blocks = gallery.blocks(queries.num_vectors)
     name = f"search {kind}" if gallery.exact or kind == "binary" else "search approximately"
     progress = Progress(name, "queries", sum(map(len, blocks)))
     shared = ray.put((queries, gallery, kind, summarise, classes))
@@ -498,15 +509,11 @@ class _Exact:
 
     def similarities(self, rows_P: NDArray[np.int64], ids_P: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return those of pairs (see `GalleryShard.similarities`)."""
-        parts = self.gallery.parts(ids_P)
-        asked = [
-            shard.similarities.remote(self.block, rows_P[part], ids_P[part])
-            for shard, part in zip(self.gallery.shards, parts, strict=True)
-        ]
-        found = np.empty(len(ids_P))
-        for part, similarities in zip(parts, ray.get(asked), strict=True):
-            found[part] = similarities
-        return found
+        found_P = np.empty(len(ids_P))
+        self.gallery.gather(
+            ids_P, lambda shard, part: shard.similarities.remote(self.block, rows_P[part], ids_P[part]), found_P
+        )
+        return found_P
 
     def nearest(self, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
         """Return the ids of the `k` nearest of some queries, the queries themselves left out."""

@@ -66,10 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     manifest = open_data(
         config.data.root, layout=layout, storage_root=config.storage, max_undecodable=config.data.max_undecodable
     )
-    try:
-        ray.get(check)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None  # the user's mistake, without the task's stack
+    cluster.get(check)
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     schedule = Schedule(config.optim, plan.steps_per_epoch)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,20 +16,13 @@ from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, conf
 from nsl_dist.data.shards import load_manifest
 from nsl_dist.retrieval.embed import embed
 from nsl_dist.retrieval.evaluation import find_checkpoint, run
-from tests.conftest import write_cars196, write_cub200, write_folders, write_inshop
+from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
 
 pytestmark = pytest.mark.usefixtures("cluster")
-JOBS = Path(__file__).parents[2] / "jobs"
 SMALL = [
     "--recipe=laptop", "--optim.epochs=1", "--data.image-size=16", "--model.dim=16", "--data.batch-size=8",
     "--data.images-per-class=2", "--model.batch-norm=frozen",
 ]  # fmt: skip
-
-
-def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    """Run a job as its command line would, on the Ray of the tests."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
 
 
 def inshop(root: Path) -> Path:

@@ -1,7 +1,6 @@
 """The main job as its user runs it: raw images in, trained model, results and MLflow run out."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
@@ -17,9 +16,8 @@ import pytest
 import torch
 
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
-from nsl_dist.recipes import laptop
 from nsl_dist.training.run import train
-from tests.conftest import write_sop
+from tests.conftest import job, write_sop
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -154,10 +152,12 @@ def test_checkpoint(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_finished_run_is_not_trained_again(finished: tuple[Path, str], root: Path) -> None:
+def test_finished_run_is_not_trained_again(finished: tuple[Path, str], root: Path, monkeypatch, capsys) -> None:
     storage, _ = finished
-    with pytest.raises(ValueError, match="run first is finished: see"):
-        train(TrainConfig(storage=str(storage), run_name="first", data=DataConfig(root=str(root))))
+    with pytest.raises(SystemExit) as ended:
+        job(monkeypatch, "train_sop", f"--data.root={root}", f"--storage={storage}", "--run-name=first", *SMALL)
+    assert ended.value.code == 2
+    assert "error: run first is finished: see" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cluster")
@@ -187,16 +187,13 @@ def test_bad_input_ends_before_training(changes: dict, message: str, root: Path,
 
 
 @pytest.mark.usefixtures("cluster")
-def test_real_characters(omniglot: Path, tmp_path: Path) -> None:
+def test_real_characters(omniglot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short training on small images lifts recall@1 of unseen characters well above an untrained network's 26%."""
-    recipe = laptop()
-    config = dataclasses.replace(
-        recipe,
-        storage=str(tmp_path),
-        data=dataclasses.replace(recipe.data, root=str(omniglot), image_size=32),
-        optim=dataclasses.replace(recipe.optim, epochs=4),
-    )
-    results = train(config)
+    job(
+        monkeypatch, "train_sop", f"--data.root={omniglot}", f"--storage={tmp_path}", "--run-name=characters",
+        "--optim.epochs=4", "--data.image-size=32",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "runs" / "characters" / "results.json").read_text())
     assert results["num_queries"] == 2120
     assert results["recall"]["float"]["1"] > 0.34
     assert results["recall"]["binary"]["1"] > 0.28
