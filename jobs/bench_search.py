@@ -117,7 +117,7 @@ def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
     import faiss
 
     from nsl_dist.retrieval.evaluation import judge_of
-    from nsl_dist.retrieval.search import without
+    from nsl_dist.retrieval.neighbours import without
 
     started = time.perf_counter()
     judge = judge_of(vectors, vectors)
@@ -127,12 +127,12 @@ def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
     index: Any = faiss.IndexFlatIP(vectors.dim) if kind == "float" else faiss.IndexBinaryFlat(8 * vectors.code_bytes)
     searching = time.perf_counter()
     index.add(gallery)
-    scores, ids = index.search(queries, config.k + 1)
+    _, ids = index.search(queries, config.k + 1)
     print(f"index alone: {time.perf_counter() - searching:.1f} s", file=sys.stderr, flush=True)
     for start in range(0, len(queries), 4096):  # all at once would take several times the memory
         block = range(start, min(start + 4096, len(queries)))
         part = slice(block.start, block.stop)
-        ranks = judge(block, without(np.array(block), scores[part], ids[part])[1])
+        ranks = judge(block, without(np.array(block), ids[part]))
         assert len(ranks.first_match) == len(block)
     return time.perf_counter() - started
 

@@ -5,7 +5,6 @@ import os
 from typing import Any
 
 import ray
-import ray.data
 
 OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
 
@@ -18,6 +17,8 @@ def connect(*, num_cpus: int) -> None:
             then share them.
 
     """
+    import ray.data  # takes seconds, which actors that only wait for tasks need not spend
+
     # Progress is printed by the jobs themselves, as plain lines.
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():

@@ -7,6 +7,7 @@ A folder holds the embeddings of one model on one data set: files of about equal
 import functools
 import io
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from nsl_dist import storage
 
+_READING = threading.Lock()  # two threads that read from one open file end the process
 ROW_GROUP_BYTES = 4 * 2**20  # what a reader of a range holds beside it
 
 
@@ -70,7 +72,8 @@ class EmbeddingSet:
                     group_count = file.metadata.row_group(group).num_rows
                     start, stop = max(ids.start, group_first), min(ids.stop, group_first + group_count)
                     if start < stop:
-                        rows = file.read_row_group(group, columns=[column])[column].combine_chunks()
+                        with _READING:
+                            rows = file.read_row_group(group, columns=[column])[column].combine_chunks()
                         yield start, _as_numpy(rows)[start - group_first : stop - group_first]
                     group_first += group_count
             first += count

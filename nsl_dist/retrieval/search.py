@@ -1,4 +1,4 @@
-"""Sharded nearest-neighbour search with faiss, float and binary: exact, ties included, in bounded memory.
+"""Sharded nearest-neighbour search, float and binary: exact, ties included, in bounded memory.
 
 The gallery is cut into shards, each in an actor; queries travel in blocks; one of the actors, each in turn, asks all
 for a block's neighbours, merges and summarises them, so that no process holds more than its shard and a few blocks.
@@ -14,6 +14,7 @@ Letters of array names: Q queries of a block, K neighbours, D dimensions, P pair
 import itertools
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,18 +32,18 @@ from nsl_dist.config import EvalConfig
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes
+from nsl_dist.retrieval.neighbours import MOST_IDS, Nearest, distances_of, ids_of, merge, to_keys, without
 
 Kind = Literal["float", "binary"]
 T = TypeVar("T")
 
 MARGIN = 32  # neighbours retrieved beyond those asked for, to see whether the last of them is tied with others
-MOST_QUERIES = 1024  # of a block: its neighbours stay in the cache until they are summarised
 MOST_GPU_NEIGHBOURS = 2048  # faiss's limit; beyond it a shard searches on its CPUs
-BLOCKS_IN_FLIGHT = 2  # one is searched while ties of another are settled
-GALLERY_AT_ONCE = 16384
-CODES_AT_ONCE = 64  # queries
-PLACE_BITS = 16  # of a code's place among those compared at once; the distance takes the other 15 of a positive int32
-ID_BITS = 40  # of an id; the distance takes the rest of an int64
+BLOCKS_IN_FLIGHT = 3  # two are searched, so that no thread waits for the others, while one is merged
+GALLERY_AT_ONCE = 65536
+QUERIES_AT_ONCE = 512  # of a thread: matrix products of fewer rows are slower
+CODES_AT_ONCE = 64  # queries of a thread: their distances stay in the cache
+WIDE_AT_ONCE = 16384  # vectors as float64, or with their distances to all centroids
 
 
 class GalleryShard:
@@ -55,21 +56,33 @@ class GalleryShard:
         ids: this shard's.
         kinds: which embeddings to search.
         num_threads: of this machine's cores.
+        queries_at_once: of each thread, whose similarities with a piece of the gallery fit the memory.
         resident_bytes: memory for the shard's embeddings; beyond it they lie in a memory-mapped file.
 
     """
 
     def __init__(
-        self, gallery: EmbeddingSet, ids: range, kinds: tuple[Kind, ...], *, num_threads: int, resident_bytes: float
+        self,
+        gallery: EmbeddingSet,
+        ids: range,
+        kinds: tuple[Kind, ...],
+        *,
+        num_threads: int,
+        queries_at_once: int,
+        resident_bytes: float,
     ) -> None:
         import faiss
 
-        self._faiss = faiss
+        self._faiss: Any = faiss
         self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads)
+        self._queries_at_once = queries_at_once
+        # Threads that each do their own part need not wait for each other as those of one matrix product do. Ray gives
+        # an actor that reserves no CPU one thread of BLAS.
+        self._pool = ThreadPoolExecutor(num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._first = ids.start
         self._held = {kind: _load(gallery, ids, kind, resident_bytes=resident_bytes) for kind in kinds}
         self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
+        self._gpu_lock = threading.Lock()
         self._index: Any = None
 
     def approximate(self, factory: str, parameters: str | None) -> None:
@@ -90,8 +103,9 @@ class GalleryShard:
         """Search one block of queries in all shards (see `search`)."""
         return _search_block(*shared, ids=ids, k=k)
 
-    def search(self, queries: NDArray[Any], k: int, kind: Kind) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Return the nearest of this shard, nearest first.
+    @ray.method(concurrency_group="search")
+    def search(self, queries: NDArray[Any], k: int, kind: Kind) -> NDArray[np.int64]:
+        """Return the nearest of this shard.
 
         Args:
             queries: float32 `[Q, D]` or codes uint8 `[Q, D / 8]`.
@@ -99,54 +113,42 @@ class GalleryShard:
             kind: what to search.
 
         Returns:
-            Scores `[Q, K]`, float32 inner products or int64 Hamming distances, and ids `[Q, K]`; an approximate index
-            fills up with -1. Ties of codes are in order of id, those of floats in any.
+            Sorted keys `[Q, K]` (see `neighbours`); an approximate index fills up with none.
 
         """
-        faiss = self._faiss
-        faiss.omp_set_num_threads(self._num_threads)  # holds for the calling thread alone
-        if kind == "binary":
-            return self._search_codes(queries, k)
-        if self._index is not None:
-            scores, places = self._index.search(queries, min(k, self._index.ntotal))
-        else:
-            vectors = self._held["float"]
-            k = min(k, len(vectors))
-            if self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
-                metric = faiss.METRIC_INNER_PRODUCT
-                scores, places = faiss.knn_gpu(self._gpu, queries, vectors, k, metric=metric)
-            else:
-                scores, places = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
-        if self._first:
-            np.add(places, self._first, out=places, where=places >= 0)
-        return scores, places
-
-    def _search_codes(self, queries: NDArray[np.uint8], k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return Hamming distances and ids, in order.
-
-        faiss counts the bits; numpy selects the nearest by one number that holds distance and id, in half the time
-        that an IndexBinaryFlat takes with its heaps.
-        """
-        gallery = self._held["binary"]
+        if kind == "float" and self._index is not None:
+            self._faiss.omp_set_num_threads(self._num_threads)  # holds for the calling thread alone
+            return self._keys(*self._index.search(queries, min(k, self._index.ntotal)))
+        gallery = self._held[kind]
+        k = min(k, len(gallery))
+        if kind == "float" and self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
+            with self._gpu_lock:
+                metric = self._faiss.METRIC_INNER_PRODUCT
+                return self._keys(*self._faiss.knn_gpu(self._gpu, queries, gallery, k, metric=metric))
+        queries_at_once = min(
+            CODES_AT_ONCE if kind == "binary" else self._queries_at_once, -(-len(queries) // self._num_threads)
+        )
+        distances = self._hamming_distances if kind == "binary" else _negative_similarities
 
         def nearest(start: int) -> NDArray[np.int64]:
-            some = np.ascontiguousarray(queries[start : start + CODES_AT_ONCE])
-            best_QK = np.empty((len(some), 0), dtype=np.int64)
-            for first in range(0, len(gallery), 1 << PLACE_BITS):
-                codes = np.ascontiguousarray(gallery[first : first + (1 << PLACE_BITS)])
-                keys_QG = np.empty((len(some), len(codes)), dtype=np.int32)
-                self._faiss.hammings(*map(self._faiss.swig_ptr, (some, codes)), *keys_QG.shape, some.shape[1],
-                                     self._faiss.swig_ptr(keys_QG))  # fmt: skip
-                keys_QG <<= PLACE_BITS
-                keys_QG |= np.arange(len(codes), dtype=np.int32)
-                found_QK = _smallest(keys_QG, k).astype(np.int64)
-                places_QK = found_QK & ((1 << PLACE_BITS) - 1)
-                found_QK = (found_QK >> PLACE_BITS << ID_BITS) | (places_QK + first + self._first)
-                best_QK = _smallest(np.concatenate([best_QK, found_QK], axis=1), k)
-            return np.sort(best_QK, axis=1)
+            some = np.ascontiguousarray(queries[start : start + queries_at_once])
+            found = Nearest(len(some), k)
+            for first in range(0, len(gallery), GALLERY_AT_ONCE):
+                piece = np.ascontiguousarray(gallery[first : first + GALLERY_AT_ONCE])
+                found.add(distances(some, piece), self._first + first)
+            return found.sorted()
 
-        keys_QK = np.concatenate(list(self._pool.map(nearest, range(0, len(queries), CODES_AT_ONCE))))
-        return keys_QK >> ID_BITS, keys_QK & ((1 << ID_BITS) - 1)
+        return np.concatenate(list(self._pool.map(nearest, range(0, len(queries), queries_at_once))))
+
+    def _keys(self, similarities: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        ids = np.where(places < 0, -1, places + self._first)
+        return np.sort(to_keys(-similarities, ids), axis=1)
+
+    def _hamming_distances(self, queries: NDArray[np.uint8], gallery: NDArray[np.uint8]) -> NDArray[np.int32]:
+        pointer = self._faiss.swig_ptr
+        distances = np.empty((len(queries), len(gallery)), dtype=np.int32)
+        self._faiss.hammings(pointer(queries), pointer(gallery), *distances.shape, queries.shape[1], pointer(distances))
+        return distances
 
     @ray.method(concurrency_group="ties")
     def similarities(
@@ -177,8 +179,8 @@ class GalleryShard:
         best = [(np.empty(0), np.empty(0, dtype=np.int64)) for _ in queries]
         wide_queries = queries.astype(np.float64)
         vectors = self._held["float"]
-        for start in range(0, len(vectors), GALLERY_AT_ONCE):
-            gallery = vectors[start : start + GALLERY_AT_ONCE].astype(np.float64)
+        for start in range(0, len(vectors), WIDE_AT_ONCE):
+            gallery = vectors[start : start + WIDE_AT_ONCE].astype(np.float64)
             ids = self._first + start + np.arange(len(gallery))
             nearer = partial(_nearer, gallery=gallery, gallery_ids=ids, k=k)
             best = list(self._pool.map(nearer, best, wide_queries))
@@ -197,25 +199,26 @@ class GalleryShard:
             Places of the centroids `[n]`, squared distances `[n]`, and the sum of the vectors of each centroid.
 
         """
-        self._faiss.omp_set_num_threads(self._num_threads)
-        places, distances = [], []
+        starts = range(0, len(self._held[kind]), WIDE_AT_ONCE)
+
+        def nearest(start: int) -> tuple[NDArray[Any], ...]:
+            vectors = _as_floats(self._held[kind][start : start + WIDE_AT_ONCE])
+            distances, places = self._faiss.knn(vectors, centroids, 1)
+            return vectors, places.ravel(), distances.ravel()
+
+        all_places, all_distances = [], []
         sums = np.zeros(centroids.shape)
-        for start in range(0, len(self._held[kind]), GALLERY_AT_ONCE):
-            vectors = _as_floats(self._held[kind][start : start + GALLERY_AT_ONCE])
-            distance, place = (each.ravel() for each in self._faiss.knn(vectors, centroids, 1))
-            order = np.argsort(place, kind="stable")
-            filled, firsts = np.unique(place[order], return_index=True)
+        for vectors, places, distances in self._pool.map(nearest, starts):
+            order = np.argsort(places, kind="stable")
+            filled, firsts = np.unique(places[order], return_index=True)
             sums[filled] += np.add.reduceat(vectors[order], firsts, axis=0, dtype=np.float64)
-            places.append(place)
-            distances.append(distance)
-        return np.concatenate(places), np.concatenate(distances), sums
+            all_places.append(places)
+            all_distances.append(distances)
+        return np.concatenate(all_places), np.concatenate(all_distances), sums
 
 
-def _smallest(keys_QK: NDArray[Any], k: int) -> NDArray[Any]:
-    """Return the `k` smallest of each row, in any order."""
-    if keys_QK.shape[1] > k:
-        keys_QK.partition(k - 1, axis=1)
-    return keys_QK[:, :k]
+def _negative_similarities(queries: NDArray[np.float32], gallery: NDArray[np.float32]) -> NDArray[np.float32]:
+    return -queries @ gallery.T
 
 
 def _nearer(
@@ -335,28 +338,35 @@ def open_gallery(
         exact: False searches floats with the approximate index of `config`.
 
     Raises:
-        ValueError: the approximate index cannot be built.
+        ValueError: the approximate index cannot be built, or the gallery is too large.
 
     """
+    if embeddings.num_vectors > MOST_IDS:
+        raise ValueError(f"{embeddings.num_vectors:,} vectors in one gallery: {MOST_IDS:,} is the most")
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     gpus = num_gpus if "float" in kinds and exact else 0
     num_shards = min(config.num_shards or gpus or num_nodes, embeddings.num_vectors)
     gpus = min(gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
     shards_on_a_node = -(-num_shards // num_nodes)
-    # Half of the memory for embeddings, half for the neighbours of the blocks in flight: from each shard a score and an
-    # id, again in the object store, merged, and as masks and copies while ties are settled.
+    num_threads = max(1, (os.cpu_count() or 1) // shards_on_a_node)
+    # Half of the memory for embeddings, a quarter for the distances that the threads look at, a quarter for the
+    # neighbours of the blocks in flight: keys from each shard, again in the object store, merged, and as ids,
+    # similarities, masks and copies while ties are settled.
     memory = config.memory_budget * 2**30
-    row_bytes = (k + MARGIN) * 12 * (2 * num_shards + 4) + embeddings.dim * 8
-    block_size = int(min(MOST_QUERIES, max(1, memory / 2 / BLOCKS_IN_FLIGHT // row_bytes)))
-    threads = {"blocks": BLOCKS_IN_FLIGHT, "ties": 1}
+    thread_bytes = memory / 4 / shards_on_a_node / num_threads
+    queries_at_once = int(min(QUERIES_AT_ONCE, max(1, thread_bytes // (4 * GALLERY_AT_ONCE))))
+    row_bytes = (k + MARGIN) * (16 * num_shards + 48) + embeddings.dim * 8
+    block_size = int(min(queries_at_once * num_threads, max(1, memory / 4 / BLOCKS_IN_FLIGHT // row_bytes)))
+    threads = {"blocks": BLOCKS_IN_FLIGHT, "search": BLOCKS_IN_FLIGHT - 1, "ties": 1}
     actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", concurrency_groups=threads)(GalleryShard)
     shards = [
         actor.options(num_gpus=1 if place < gpus else 0).remote(
             embeddings,
             range(start, stop),
             kinds,
-            num_threads=max(1, (os.cpu_count() or 1) // shards_on_a_node),
+            num_threads=num_threads,
+            queries_at_once=queries_at_once,
             resident_bytes=memory / 2 / shards_on_a_node,
         )
         for place, (start, stop) in enumerate(itertools.pairwise(cuts))
@@ -433,14 +443,14 @@ def _search_block(
     # One more than asked for: the query itself may be among them.
     depth = min(k + 1 + (MARGIN if settles else 0), gallery.embeddings.num_vectors)
     parts = ray.get([shard.search.remote(block, depth, kind) for shard in gallery.shards])
-    merge = merge_codes if kind == "binary" else merge_floats
-    scores, neighbours = without(own_ids, *merge(parts, depth))
+    keys = without(own_ids, merge(parts, depth))
+    neighbours = ids_of(keys)
     if settles:
         matches = None
         if classes is not None:
             matches = classes.gallery[neighbours] == classes.queries[ids.start : ids.stop, None]
         neighbours = settle_ties(
-            scores,
+            -distances_of(keys, np.float32),
             neighbours,
             _Exact(gallery, block, vectors, own_ids),
             k,
@@ -451,51 +461,6 @@ def _search_block(
     if neighbours.shape[1] < k:
         neighbours = np.pad(neighbours, ((0, 0), (0, k - neighbours.shape[1])), constant_values=-1)
     return summarise(ids, neighbours)
-
-
-def merge_floats(
-    parts: list[tuple[NDArray[np.float32], NDArray[np.int64]]], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Merge the shards' neighbours, each sorted by falling similarity, into the first `k` of all."""
-    import faiss
-
-    if len(parts) == 1:
-        return parts[0]
-
-    def padded(rows: NDArray[Any], value: float) -> NDArray[Any]:
-        return np.pad(rows, ((0, 0), (0, k - rows.shape[1])), constant_values=value)
-
-    merged: tuple[NDArray[np.float32], NDArray[np.int64]] = faiss.merge_knn_results(
-        np.stack([padded(similarities, -np.inf) for similarities, _ in parts]),
-        np.stack([padded(ids, -1) for _, ids in parts]),
-        keep_max=True,
-    )
-    return merged
-
-
-def merge_codes(
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Merge the shards' neighbours into the first `k` of all, by rising distance, ties by id."""
-    if len(parts) == 1:
-        return parts[0]
-    keys_QK = np.concatenate([(distances << ID_BITS) | ids for distances, ids in parts], axis=1)
-    keys_QK = np.sort(_smallest(keys_QK, k), axis=1)
-    return keys_QK >> ID_BITS, keys_QK & ((1 << ID_BITS) - 1)
-
-
-def without(
-    own_ids_Q: NDArray[np.int64], scores_QK: NDArray[Any], ids_QK: NDArray[np.int64]
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Leave each query out of its neighbours wherever it ranks, the last neighbour where it is not among them."""
-    if (own_ids_Q < 0).all():
-        return scores_QK, ids_QK
-    own_QK = ids_QK == own_ids_Q[:, None]
-    passed_QK = np.logical_or.accumulate(own_QK, axis=1)[:, :-1]
-    return (
-        np.where(passed_QK, scores_QK[:, 1:], scores_QK[:, :-1]),
-        np.where(passed_QK, ids_QK[:, 1:], ids_QK[:, :-1]),
-    )
 
 
 @dataclass
@@ -528,7 +493,7 @@ class _Exact:
             ids = np.concatenate([ids for _, ids in parts], axis=1)
             order = np.lexsort((ids, -scores))[:, :depth]
             ids = np.take_along_axis(ids, order, axis=1)
-            found.append(without(self.own_ids[some], ids, ids)[1])
+            found.append(without(self.own_ids[some], ids))
         return np.concatenate(found)
 
 
@@ -567,11 +532,10 @@ def settle_ties(
             all must.
 
     Returns:
-        The ids, `[Q, K]`, of which the first `k` are the nearest; in place where they can be written.
+        The ids, `[Q, K]`, in place, of which the first `k` are the nearest.
 
     """
     dim = exact.queries.shape[1]
-    ids_QK = np.require(ids_QK, requirements="W")  # a copy of what lies in the object store
     if not complete:
         # The first one left out may be as near as the last one wanted.
         last_Q = similarities_QK[:, k - 1]

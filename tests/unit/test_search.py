@@ -6,7 +6,7 @@ import pytest
 
 from nsl_dist.retrieval.embeddings import EmbeddingSet, load_index, pack_codes, write_file, write_index
 from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
-from nsl_dist.retrieval.search import merge_codes, merge_floats, without
+from nsl_dist.retrieval.neighbours import Nearest, distances_of, ids_of, merge, to_keys, without
 
 
 @pytest.mark.parametrize("dim", [8, 13])
@@ -33,27 +33,41 @@ def test_embeddings_are_read_as_written(tmp_path: Path, dim: int) -> None:
     assert np.array_equal(np.unpackbits(np.frombuffer(rows[0]["code"], np.uint8))[:dim], vectors[20] > 0)
 
 
-def test_merged_floats_are_the_best_of_all() -> None:
-    parts = [
-        (np.array([[0.9, 0.2]], dtype=np.float32), np.array([[3, 1]])),
-        (np.array([[0.8, 0.5, 0.1]], dtype=np.float32), np.array([[7, 5, 6]])),
-    ]
-    similarities, ids = merge_floats(parts, 4)
-    assert ids.tolist() == [[3, 7, 5, 1]]
-    np.testing.assert_allclose(similarities, [[0.9, 0.8, 0.5, 0.2]], rtol=1e-6)
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_keys_sort_by_distance_then_by_id_and_give_both_back(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    distances = rng.integers(-3, 4, size=(20, 30)).astype(dtype)
+    distances[0, :4] = [0, 1, 2**30, 2**24 + 1]
+    ids = rng.permutation(2**31 - 1 - np.arange(600)).reshape(20, 30)
+    ids[:, 5] = -1
+    keys = np.sort(to_keys(distances, ids), axis=1)
+    order = np.lexsort((ids, distances, ids < 0))
+    assert np.array_equal(ids_of(keys), np.take_along_axis(ids, order, axis=1))
+    found, expected = distances_of(keys, dtype)[:, :-1], np.take_along_axis(distances, order, axis=1)[:, :-1]
+    assert found.dtype == dtype
+    assert np.array_equal(found, expected)
 
 
-def test_merged_codes_break_ties_by_id() -> None:
-    parts = [(np.array([[0, 2]]), np.array([[9, 3]])), (np.array([[0, 0, 2]]), np.array([[12, 15, 10]]))]
-    distances, ids = merge_codes(parts, 4)
-    assert (distances.tolist(), ids.tolist()) == ([[0, 0, 0, 2]], [[9, 12, 15, 3]])
+@pytest.mark.parametrize("pieces", [[4000], [3, 30, 3967], [2000, 2000]])
+@pytest.mark.parametrize("values", [6, 10**6])
+def test_the_nearest_are_kept_and_merged_ties_by_id(pieces: list[int], values: int) -> None:
+    distances = np.random.default_rng(0).integers(0, values, size=(50, 4000)).astype(np.int32)
+    distances[10:20, ::8] -= values  # a regular sample takes them for more than they are
+    nearest = Nearest(50, 100)
+    parts = []
+    for size, first in zip(pieces, np.cumsum([0, *pieces]), strict=False):
+        part = np.ascontiguousarray(distances[:, first : first + size])
+        nearest.add(part, int(first))
+        parts.append(np.sort(to_keys(part, np.broadcast_to(np.arange(first, first + size), part.shape)), axis=1))
+    expected = np.argsort(distances, axis=1, kind="stable")[:, :100]
+    assert np.array_equal(ids_of(nearest.sorted()), expected)
+    assert np.array_equal(ids_of(merge(parts, 100)), expected)
 
 
 def test_the_query_is_left_out_wherever_it_ranks() -> None:
     ids = np.array([[7, 5, 3], [5, 7, 3], [1, 2, 3]])
-    _, left = without(np.array([7, 7, 7]), ids, ids)
-    assert left.tolist() == [[5, 3], [5, 3], [1, 2]]
-    assert without(np.array([-1, -1, -1]), ids, ids)[1] is ids
+    assert without(np.array([7, 7, 7]), ids).tolist() == [[5, 3], [5, 3], [1, 2]]
+    assert without(np.array([-1, -1, -1]), ids) is ids
 
 
 def naive(neighbours: np.ndarray, label: int, gallery: np.ndarray, relevant: int) -> tuple[float, float]:
