@@ -42,7 +42,8 @@ MOST_GPU_NEIGHBOURS = 2048  # faiss's limit; beyond it a shard searches on its C
 BLOCKS_IN_FLIGHT = 3  # two are searched, so that no thread waits for the others, while one is merged
 GALLERY_AT_ONCE = 65536
 QUERIES_AT_ONCE = 512  # of a thread: matrix products of fewer rows are slower
-CODES_AT_ONCE = 64  # queries of a thread: their distances stay in the cache
+BINARY_QUERIES_AT_ONCE = 64
+CODE_BYTES_AT_ONCE = 2**20  # of the gallery: they stay in the cache while all of these queries pass
 WIDE_AT_ONCE = 16384  # vectors as float64, or with their distances to all centroids
 
 
@@ -126,7 +127,7 @@ class GalleryShard:
                 metric = self._faiss.METRIC_INNER_PRODUCT
                 return self._keys(*self._faiss.knn_gpu(self._gpu, queries, gallery, k, metric=metric))
         queries_at_once = min(
-            CODES_AT_ONCE if kind == "binary" else self._queries_at_once, -(-len(queries) // self._num_threads)
+            BINARY_QUERIES_AT_ONCE if kind == "binary" else self._queries_at_once, -(-len(queries) // self._num_threads)
         )
         distances = self._hamming_distances if kind == "binary" else _negative_similarities
 
@@ -147,7 +148,12 @@ class GalleryShard:
     def _hamming_distances(self, queries: NDArray[np.uint8], gallery: NDArray[np.uint8]) -> NDArray[np.int32]:
         pointer = self._faiss.swig_ptr
         distances = np.empty((len(queries), len(gallery)), dtype=np.int32)
-        self._faiss.hammings(pointer(queries), pointer(gallery), *distances.shape, queries.shape[1], pointer(distances))
+        codes_at_once = max(1, CODE_BYTES_AT_ONCE // gallery.shape[1])
+        for start in range(0, len(gallery), codes_at_once):
+            some = gallery[start : start + codes_at_once]
+            found = np.empty((len(queries), len(some)), dtype=np.int32)
+            self._faiss.hammings(pointer(queries), pointer(some), *found.shape, some.shape[1], pointer(found))
+            distances[:, start : start + len(some)] = found
         return distances
 
     @ray.method(concurrency_group="ties")
