@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -102,29 +103,35 @@ def _embed_shards(
         from nsl_dist.data.transforms import decode, eval_transform
 
         splits, tasks = ray.get(shared)
-        (place,) = task["id"].tolist()
-        name, classes = tasks[place]
-        offsets = splits[name].offsets
         images: list[Any] = []
         ids: list[int] = []
+        places: list[int] = []
 
         def batch() -> dict[str, Any]:
-            return {"image": np.stack(images), "id": np.array(ids), "task": np.full(len(ids), place)}
+            return {"image": np.stack(images), "id": np.array(ids), "task": np.array(places)}
 
-        for label in classes.tolist():
-            bag = splits[name].read_bag(label, ["image"])["image"]
-            for index, encoded in enumerate(bag):
-                images.append(eval_transform(decode(encoded.as_py()), config.data).numpy())
-                ids.append(int(offsets[label]) + index)
-                if len(ids) == config.eval.batch_size:
-                    yield batch()
-                    images, ids = [], []
+        for place in task["id"].tolist():
+            name, classes = tasks[place]
+            offsets = splits[name].offsets
+            for label in classes.tolist():
+                bag = splits[name].read_bag(label, ["image"])["image"]
+                for index, encoded in enumerate(bag):
+                    images.append(eval_transform(decode(encoded.as_py()), config.data).numpy())
+                    ids.append(int(offsets[label]) + index)
+                    places.append(place)
+                    if len(ids) == config.eval.batch_size:
+                        yield batch()
+                        images, ids, places = [], [], []
         if ids:
             yield batch()
 
-    most_actors = num_gpus or max(1, int(ray.cluster_resources()["CPU"]) // 2)
+    counts = {key: int(splits[key[0]].sizes[classes].sum()) for key, classes in shards.items()}
+    num_images = sum(counts[key] for key in todo)
+    # Few images are not worth the start of many processes.
+    most_batches = max(1, math.ceil(num_images / config.eval.batch_size))
+    most_actors = min(num_gpus or max(1, int(ray.cluster_resources()["CPU"]) // 2), most_batches)
     embedded = (
-        ray.data.range(len(todo), override_num_blocks=max(1, len(todo)))
+        ray.data.range(len(todo), override_num_blocks=max(1, min(len(todo), most_batches)))
         .map_batches(read, batch_size=None, num_cpus=1)
         .map_batches(
             _Embedder,
@@ -135,8 +142,7 @@ def _embed_shards(
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most_actors),
         )
     )
-    counts = {key: int(splits[key[0]].sizes[classes].sum()) for key, classes in shards.items()}
-    progress = Progress("embed", "images", sum(counts[key] for key in todo))
+    progress = Progress("embed", "images", num_images)
     parts: dict[int, list[pa.Table]] = {place: [] for place in range(len(todo))}
     dim = 0
     with ThreadPoolExecutor(4) as pool:  # object stores take several files at once
