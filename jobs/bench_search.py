@@ -68,8 +68,11 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.num_queries is not None and not 1 <= self.num_queries <= self.num_vectors:
             raise ValueError(f"--num-queries {self.num_queries} must be in 1 to --num-vectors {self.num_vectors}")
-        if not 1 <= self.k < self.num_vectors:
-            raise ValueError(f"--k {self.k} must be in 1 to --num-vectors {self.num_vectors} - 1")
+        if not IMAGES_PER_CLASS - 1 <= self.k < self.num_vectors:
+            raise ValueError(
+                f"--k {self.k} must be in {IMAGES_PER_CLASS - 1}, the matches of a query, to --num-vectors "
+                f"{self.num_vectors} - 1"
+            )
 
 
 def write_vectors(location: str, num_vectors: int, dim: int) -> EmbeddingSet:

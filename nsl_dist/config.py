@@ -179,7 +179,8 @@ class EvalConfig:
     num_shards: int | None = None
     """Shards of the gallery, searched in parallel and merged exactly. None: one for each GPU, or for each node."""
     memory_budget: float = 4.0
-    """GiB that the search may take on a node for embeddings and neighbours; embeddings beyond it are memory-mapped."""
+    """GiB that the search may take on a node for embeddings and neighbours; embeddings beyond it are memory-mapped.
+    An approximate index is kept in memory beside it."""
     index: str | None = None
     """faiss factory string of an approximate index for the float embeddings (IVF1024,Flat, HNSW32, OPQ16,IVF256,PQ16),
     one in each shard; its recall against exact search is measured on a sample. None: exact search."""

@@ -47,20 +47,25 @@ class Tracker:
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise ValueError(f"the tracking URI {self.uri} cannot be used: {error}") from error
 
-    def resume(self, run_id: str) -> None:
-        """Go on with a run.
+    def add_to(self, run_id: str) -> None:
+        """Log into a run that is there, whatever its status.
 
         Raises:
             ValueError: MLflow does not know it.
 
         """
         try:
-            self._client.update_run(run_id, status="RUNNING")
+            self._client.get_run(run_id)
         except mlflow.exceptions.MlflowException as error:
             raise ValueError(
                 f"{self.uri} has no MLflow run {run_id} ({error}); give the tracking URI that it was tracked with"
             ) from error
         self.run_id = run_id
+
+    def resume(self, run_id: str) -> None:
+        """Go on with a run: as `add_to`, and it is running again."""
+        self.add_to(run_id)
+        self._client.update_run(run_id, status="RUNNING")
 
     def start(self, config: TrainConfig, *, experiment: str, digest: str) -> None:
         """Create a run with the configuration and the data's digest as parameters."""

@@ -59,7 +59,7 @@ class _ShardedVectors:
     def assign_to(
         self, centroids: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        shared = ray.put(np.ascontiguousarray(centroids, dtype=np.float32))
+        shared = ray.put(centroids)
         places, distances, sums = zip(
             *ray.get([shard.assign.remote(shared, self._kind) for shard in self._gallery.shards]), strict=True
         )

@@ -144,12 +144,10 @@ def _embed_shards(
     )
     progress = Progress("embed", "images", num_images)
     parts: dict[int, list[pa.Table]] = {place: [] for place in range(len(todo))}
-    dim = 0
     with ThreadPoolExecutor(4) as pool:  # object stores take several files at once
         writing: list[Future[None]] = []
         batches = embedded.iter_batches(batch_size=None, batch_format="pyarrow") if todo else []
         for batch in batches:
-            dim = batch["vector"].type.list_size
             for place in batch["task"].unique().to_pylist():
                 part = batch.filter(pa.compute.equal(batch["task"], place))
                 parts[place].append(part)
@@ -163,7 +161,7 @@ def _embed_shards(
                     raise RuntimeError(
                         f"shard {key[1]} was not embedded exactly once: ids {ids}, expected from {first}"
                     )
-                vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), dim)
+                vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), config.model.dim)
                 _reject_degenerate(vectors, ids, splits[key[0]], key[0])
                 writing.append(
                     pool.submit(
@@ -180,12 +178,11 @@ def _embed_shards(
             future.result()
     if parts:
         raise RuntimeError(f"shards {[todo[place][1] for place in parts]} were not embedded completely")
-    dim = dim or _dim_of(storage.join(out, next(iter(shards))[1]))
     return [
         EmbeddingSet(
             location=out,
             split=split,
-            dim=dim,
+            dim=config.model.dim,
             files=tuple(shard for name, shard in shards if name == split),
             counts=tuple(count for (name, _), count in counts.items() if name == split),
         )
@@ -225,13 +222,6 @@ def _list(location: str) -> list[str]:
     filesystem, path = storage.resolve(location)
     selector = fs.FileSelector(path, allow_not_found=True)
     return [info.path for info in filesystem.get_file_info(selector)]
-
-
-def _dim_of(location: str) -> int:
-    import pyarrow.parquet as pq
-
-    filesystem, path = storage.resolve(location)
-    return int(pq.read_schema(path, filesystem=filesystem).field("vector").type.list_size)
 
 
 class _Embedder:

@@ -130,8 +130,9 @@ def _neighbours(_: range, neighbour_ids: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def _sample(num_queries: int) -> list[range]:
-    starts = np.linspace(0, max(0, num_queries - SAMPLED_AT_ONCE), SAMPLED_BLOCKS).astype(int).tolist()
-    return [range(start, min(start + SAMPLED_AT_ONCE, num_queries)) for start in dict.fromkeys(starts)]
+    """Return some blocks of queries, evenly spread."""
+    starts = range(0, num_queries, max(SAMPLED_AT_ONCE, -(-num_queries // SAMPLED_BLOCKS)))
+    return [range(start, min(start + SAMPLED_AT_ONCE, num_queries)) for start in starts]
 
 
 def _overlap(
@@ -250,7 +251,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
 
         tracker = Tracker(config.tracking_uri, storage_root=config.storage)
-        tracker.resume(config.run_id)
+        tracker.add_to(config.run_id)
 
     cluster.connect(num_cpus=2)
     num_gpus = int(ray.cluster_resources().get("GPU", 0)) if config.device != "cpu" else 0
@@ -292,7 +293,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if tracker is not None:
         tracker.log(metrics_by_name(results), step=trained["step"])
         tracker.log_file(f"evaluations/{name}.json", content)
-        tracker.finish(status="FINISHED")
     print(f"\n{table({'': results})}\n{duration(time.monotonic() - started)} in all\nresults: {location}", flush=True)
     return results
 

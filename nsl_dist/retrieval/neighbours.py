@@ -44,7 +44,7 @@ def _flip_negative_floats(distances: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def smallest(keys: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """Return the `k` smallest along the last axis, in place; the greatest of them comes last, where there are more."""
+    """Return the `k` smallest along the last axis, in place; where there are as many, the greatest comes last."""
     if keys.shape[-1] >= k:
         keys.partition(k - 1, axis=-1)
     return keys[..., :k]

@@ -12,6 +12,7 @@ Letters of array names: Q queries of a block, K neighbours, D dimensions, P pair
 """
 
 import itertools
+import mmap
 import os
 import tempfile
 import threading
@@ -20,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 MARGIN = 32  # neighbours retrieved beyond those asked for, to see whether the last of them is tied with others
 MOST_GPU_NEIGHBOURS = 2048  # faiss's limit; beyond it a shard searches on its CPUs
+GPU_BYTES_AT_ONCE = 2**30  # of a shard, which need not fit the GPU
 BLOCKS_IN_FLIGHT = 3  # two are searched, so that no thread waits for the others, while one is merged
 GALLERY_AT_ONCE = 65536
 QUERIES_AT_ONCE = 512  # of a thread: matrix products of fewer rows are slower
@@ -50,15 +51,15 @@ WIDE_AT_ONCE = 16384  # vectors as float64, or with their distances to all centr
 class GalleryShard:
     """An actor that searches one shard of the gallery, and leads the search of some blocks in all shards.
 
-    Searching, settling ties and leading have threads of their own, so that none waits for another.
+    Searching, settling ties and leading have threads of their own, so that no actor waits for itself.
 
     Args:
         gallery: all of it.
         ids: this shard's.
         kinds: which embeddings to search.
-        num_threads: of this machine's cores.
-        queries_at_once: of each thread, whose similarities with a piece of the gallery fit the memory.
-        resident_bytes: memory for the shard's embeddings; beyond it they lie in a memory-mapped file.
+        shards_on_a_node: among which this machine's cores are divided.
+        memory_bytes: half of it for embeddings, which beyond it lie in a memory-mapped file; a quarter for the
+            distances that the threads look at.
 
     """
 
@@ -68,23 +69,27 @@ class GalleryShard:
         ids: range,
         kinds: tuple[Kind, ...],
         *,
-        num_threads: int,
-        queries_at_once: int,
-        resident_bytes: float,
+        shards_on_a_node: int,
+        memory_bytes: float,
     ) -> None:
         import faiss
 
         self._faiss: Any = faiss
-        self._num_threads = num_threads
-        self._queries_at_once = queries_at_once
+        self._num_threads = max(1, (os.cpu_count() or 1) // shards_on_a_node)
+        piece_bytes = 4 * GALLERY_AT_ONCE
+        self._queries_at_once = int(min(QUERIES_AT_ONCE, max(1, memory_bytes / 4 / self._num_threads // piece_bytes)))
         # Threads that each do their own part need not wait for each other as those of one matrix product do. Ray gives
-        # an actor that reserves no CPU one thread of BLAS.
-        self._pool = ThreadPoolExecutor(num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
+        # an actor that reserves no CPU one thread of BLAS, unless OMP_NUM_THREADS says otherwise.
+        self._pool = ThreadPoolExecutor(self._num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._first = ids.start
-        self._held = {kind: _load(gallery, ids, kind, resident_bytes=resident_bytes) for kind in kinds}
+        self._held = _load(gallery, ids, kinds, resident_bytes=memory_bytes / 2)
         self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
         self._gpu_lock = threading.Lock()
         self._index: Any = None
+
+    def best_block_size(self) -> int:
+        """Return how many queries keep all threads at work."""
+        return self._num_threads * self._queries_at_once
 
     def approximate(self, factory: str, parameters: str | None) -> None:
         """Put an approximate index in the place of the vectors.
@@ -97,6 +102,7 @@ class GalleryShard:
             ValueError: faiss cannot build it.
 
         """
+        self._faiss.omp_set_num_threads(self._num_threads)  # holds for the calling thread alone
         self._index = _build_index(self._held.pop("float"), factory, parameters)
 
     @ray.method(concurrency_group="blocks")
@@ -118,32 +124,40 @@ class GalleryShard:
 
         """
         if kind == "float" and self._index is not None:
-            self._faiss.omp_set_num_threads(self._num_threads)  # holds for the calling thread alone
-            return self._keys(*self._index.search(queries, min(k, self._index.ntotal)))
+            self._faiss.omp_set_num_threads(self._num_threads)
+            scores, places = self._index.search(queries, min(k, self._index.ntotal))
+            # Some indexes know L2 alone; unit vectors have the same order in it.
+            return self._keys(-scores if self._faiss.is_similarity_metric(self._index.metric_type) else scores, places)
         gallery = self._held[kind]
         k = min(k, len(gallery))
         if kind == "float" and self._gpu is not None and k <= MOST_GPU_NEIGHBOURS:
             with self._gpu_lock:
-                metric = self._faiss.METRIC_INNER_PRODUCT
-                return self._keys(*self._faiss.knn_gpu(self._gpu, queries, gallery, k, metric=metric))
-        queries_at_once = min(
-            BINARY_QUERIES_AT_ONCE if kind == "binary" else self._queries_at_once, -(-len(queries) // self._num_threads)
-        )
+                similarities, places = self._faiss.knn_gpu(
+                    self._gpu,
+                    queries,
+                    gallery,
+                    k,
+                    metric=self._faiss.METRIC_INNER_PRODUCT,
+                    vectorsMemoryLimit=GPU_BYTES_AT_ONCE,
+                    queriesMemoryLimit=GPU_BYTES_AT_ONCE,
+                )
+            return self._keys(-similarities, places)
+        queries_at_once = min(self._queries_at_once, -(-len(queries) // self._num_threads))
+        if kind == "binary":
+            queries_at_once = min(queries_at_once, BINARY_QUERIES_AT_ONCE)
         distances = self._hamming_distances if kind == "binary" else _negative_similarities
 
         def nearest(start: int) -> NDArray[np.int64]:
             some = np.ascontiguousarray(queries[start : start + queries_at_once])
             found = Nearest(len(some), k)
             for first in range(0, len(gallery), GALLERY_AT_ONCE):
-                piece = np.ascontiguousarray(gallery[first : first + GALLERY_AT_ONCE])
-                found.add(distances(some, piece), self._first + first)
+                found.add(distances(some, gallery[first : first + GALLERY_AT_ONCE]), self._first + first)
             return found.sorted()
 
         return np.concatenate(list(self._pool.map(nearest, range(0, len(queries), queries_at_once))))
 
-    def _keys(self, similarities: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
-        ids = np.where(places < 0, -1, places + self._first)
-        return np.sort(to_keys(-similarities, ids), axis=1)
+    def _keys(self, distances: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.sort(to_keys(distances, np.where(places < 0, -1, places + self._first)), axis=1)
 
     def _hamming_distances(self, queries: NDArray[np.uint8], gallery: NDArray[np.uint8]) -> NDArray[np.int32]:
         pointer = self._faiss.swig_ptr
@@ -160,7 +174,9 @@ class GalleryShard:
     def similarities(
         self, queries: NDArray[np.float32], rows_P: NDArray[np.int64], ids_P: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Return the inner products of pairs of a query and a neighbour in float64, each summed in the same order.
+        """Return the inner products of pairs of a query and a neighbour in float64.
+
+        Each is summed in the same order, at least up to the 8,192 numbers that numpy looks at together.
 
         Args:
             queries: `[Q, D]`.
@@ -214,12 +230,13 @@ class GalleryShard:
 
         all_places, all_distances = [], []
         sums = np.zeros(centroids.shape)
-        for vectors, places, distances in self._pool.map(nearest, starts):
-            order = np.argsort(places, kind="stable")
-            filled, firsts = np.unique(places[order], return_index=True)
-            sums[filled] += np.add.reduceat(vectors[order], firsts, axis=0, dtype=np.float64)
-            all_places.append(places)
-            all_distances.append(distances)
+        for turn in range(0, len(starts), self._num_threads):  # the vectors of no more than one turn are kept
+            for vectors, places, distances in self._pool.map(nearest, starts[turn : turn + self._num_threads]):
+                order = np.argsort(places, kind="stable")
+                filled, firsts = np.unique(places[order], return_index=True)
+                sums[filled] += np.add.reduceat(vectors[order], firsts, axis=0, dtype=np.float64)
+                all_places.append(places)
+                all_distances.append(distances)
         return np.concatenate(all_places), np.concatenate(all_distances), sums
 
 
@@ -245,26 +262,41 @@ def _nearer(
     return scores[order], ids[order]
 
 
-def _load(gallery: EmbeddingSet, ids: range, kind: Kind, *, resident_bytes: float) -> NDArray[Any]:
-    """Read a shard's vectors or codes, into memory or, where that is too small, into a memory-mapped file."""
-    column = "vector" if kind == "float" else "code"
-    width, dtype = (gallery.dim, np.float32) if kind == "float" else (gallery.code_bytes, np.uint8)
-    shape = (len(ids), width)
-    loaded: NDArray[Any]
-    if len(ids) * width * np.dtype(dtype).itemsize <= resident_bytes:
-        loaded = np.empty(shape, dtype=dtype)
-    else:
-        with tempfile.NamedTemporaryFile(prefix="nsl_dist_gallery_") as file:  # its space is freed with the mapping
-            loaded = np.memmap(Path(file.name), dtype=dtype, mode="w+", shape=shape)
-    for first, rows in gallery.read(column, ids):
-        loaded[first - ids.start : first - ids.start + len(rows)] = rows
-    return loaded
+def _load(
+    gallery: EmbeddingSet, ids: range, kinds: tuple[Kind, ...], *, resident_bytes: float
+) -> dict[Kind, NDArray[Any]]:
+    """Read a shard's codes and vectors, into memory or, where that is too small, into memory-mapped files."""
+    held: dict[Kind, NDArray[Any]] = {}
+    for kind in sorted(kinds):  # the small codes first
+        column, width, dtype = ("code", gallery.code_bytes, np.uint8) if kind == "binary" else (
+            "vector", gallery.dim, np.float32
+        )  # fmt: skip
+        num_bytes = len(ids) * width * np.dtype(dtype).itemsize
+        memory = _map_file(num_bytes) if num_bytes > resident_bytes else bytearray(num_bytes)
+        resident_bytes -= num_bytes if num_bytes <= resident_bytes else 0
+        held[kind] = np.frombuffer(memory, dtype=dtype).reshape(len(ids), width)
+        for first, rows in gallery.read(column, ids):
+            held[kind][first - ids.start : first - ids.start + len(rows)] = rows
+    return held
+
+
+def _map_file(num_bytes: int) -> mmap.mmap:
+    try:
+        with tempfile.TemporaryFile(prefix="nsl_dist_gallery_") as file:
+            # All of it now: a disk that is full later would end the process with a bus error.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return mmap.mmap(file.fileno(), num_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep {num_bytes / 2**30:.1f} GiB of embeddings in {tempfile.gettempdir()}: {error.strerror}; "
+            "raise --eval.memory-budget, or set TMPDIR to a folder on a disk with room for them"
+        ) from error
 
 
 def _as_floats(vectors: NDArray[Any]) -> NDArray[np.float32]:
     if vectors.dtype == np.uint8:
         return np.unpackbits(vectors, axis=1).astype(np.float32) * 2 - 1
-    return np.ascontiguousarray(vectors)
+    return vectors
 
 
 def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | None) -> Any:
@@ -273,9 +305,8 @@ def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | N
     index: Any
     try:
         index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(np.ascontiguousarray(vectors))
-        for start in range(0, len(vectors), GALLERY_AT_ONCE):
-            index.add(np.ascontiguousarray(vectors[start : start + GALLERY_AT_ONCE]))
+        index.train(vectors)
+        index.add(vectors)
         if parameters is not None:
             space: Any = faiss.ParameterSpace()
             space.set_index_parameters(index, parameters)
@@ -323,9 +354,9 @@ class Gallery:
 
         """
         owners = np.searchsorted(self.cuts, ids, side="right") - 1
-        parts = [np.flatnonzero(owners == place) for place in range(len(self.shards))]
-        asked = [ask(shard, part) for shard, part in zip(self.shards, parts, strict=True)]
-        for part, rows in zip(parts, ray.get(asked), strict=True):
+        parts = {place: np.flatnonzero(owners == place) for place in np.unique(owners).tolist()}
+        asked = [ask(self.shards[place], part) for place, part in parts.items()]
+        for part, rows in zip(parts.values(), ray.get(asked), strict=True):
             out[part] = rows
 
 
@@ -349,21 +380,14 @@ def open_gallery(
     """
     if embeddings.num_vectors > MOST_IDS:
         raise ValueError(f"{embeddings.num_vectors:,} vectors in one gallery: {MOST_IDS:,} is the most")
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = num_gpus if "float" in kinds and exact else 0
-    num_shards = min(config.num_shards or gpus or num_nodes, embeddings.num_vectors)
+    num_shards = min(config.num_shards or gpus or len(nodes), embeddings.num_vectors)
     gpus = min(gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
-    shards_on_a_node = -(-num_shards // num_nodes)
-    num_threads = max(1, (os.cpu_count() or 1) // shards_on_a_node)
-    # Half of the memory for embeddings, a quarter for the distances that the threads look at, a quarter for the
-    # neighbours of the blocks in flight: keys from each shard, again in the object store, merged, and as ids,
-    # similarities, masks and copies while ties are settled.
+    hosts = [node for node in nodes if node.get("GPU")] if gpus else nodes
+    shards_on_a_node = -(-num_shards // max(1, len(hosts)))
     memory = config.memory_budget * 2**30
-    thread_bytes = memory / 4 / shards_on_a_node / num_threads
-    queries_at_once = int(min(QUERIES_AT_ONCE, max(1, thread_bytes // (4 * GALLERY_AT_ONCE))))
-    row_bytes = (k + MARGIN) * (16 * num_shards + 48) + embeddings.dim * 8
-    block_size = int(min(queries_at_once * num_threads, max(1, memory / 4 / BLOCKS_IN_FLIGHT // row_bytes)))
     threads = {"blocks": BLOCKS_IN_FLIGHT, "search": BLOCKS_IN_FLIGHT - 1, "ties": 1}
     actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", concurrency_groups=threads)(GalleryShard)
     shards = [
@@ -371,17 +395,19 @@ def open_gallery(
             embeddings,
             range(start, stop),
             kinds,
-            num_threads=num_threads,
-            queries_at_once=queries_at_once,
-            resident_bytes=memory / 2 / shards_on_a_node,
+            shards_on_a_node=shards_on_a_node,
+            memory_bytes=memory / shards_on_a_node,
         )
         for place, (start, stop) in enumerate(itertools.pairwise(cuts))
     ]
     try:
-        if exact:
-            ray.get([shard.__ray_ready__.remote() for shard in shards])
-        else:
+        block_sizes = cluster.get([shard.best_block_size.remote() for shard in shards])
+        if not exact:
             cluster.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
+        # A quarter of the memory for the neighbours of the blocks in flight: keys from each shard, again in the object
+        # store, merged, and as ids, similarities, masks and copies while ties are settled.
+        row_bytes = (k + MARGIN) * (16 * num_shards + 48) + embeddings.dim * 8
+        block_size = int(min(*block_sizes, max(1, memory / 4 / BLOCKS_IN_FLIGHT // row_bytes)))
         yield Gallery(embeddings, shards, cuts, exact, block_size)
     finally:
         for shard in shards:
@@ -409,7 +435,7 @@ def search(
         k: neighbours wanted.
         classes: with them, neighbours of other classes than the query's are taken for interchangeable: where float32
             cannot tell them apart, their order is left as it was found, which spares most of the work of settling it.
-        blocks: which of the queries, `gallery.block_size` at most together; None: all.
+        blocks: of the queries; None: all, in blocks that fit the memory.
 
     Yields:
         Summaries, in the order of the queries.
@@ -503,18 +529,13 @@ class _Exact:
         return np.concatenate(found)
 
 
-def tolerance(similarities: NDArray[np.float32], dim: int, factor: float = 1.0) -> NDArray[np.float32]:
+def tolerance(dim: int) -> float:
     """Return a bound of the error of float32 inner products of unit vectors, as matrix products compute them.
 
-    A sum of `dim` terms errs by about sqrt(dim) roundings of its partial sums (Higham & Mary 2019), which grow towards
-    the similarity. The bound is 1.5 times what was seen at most over 10^7 pairs each of 16, 128, 512 and 2,048
-    dimensions; `settle_ties` checks it on every pair that it looks at.
+    A sum of `dim` terms errs by about sqrt(dim) roundings of its partial sums (Higham & Mary 2019), which do not exceed
+    1, however small the sum. `settle_ties` checks the bound on every pair that it looks at.
     """
-    rounding = factor * 2.0**-24
-    bound = np.abs(similarities)
-    bound *= np.float32(rounding * np.sqrt(dim))
-    bound += np.float32(2 * rounding)
-    return bound
+    return float(2.0**-24 * (np.sqrt(dim) + 2))
 
 
 def settle_ties(
@@ -541,34 +562,37 @@ def settle_ties(
         The ids, `[Q, K]`, in place, of which the first `k` are the nearest.
 
     """
-    dim = exact.queries.shape[1]
-    if not complete:
-        # The first one left out may be as near as the last one wanted.
-        last_Q = similarities_QK[:, k - 1]
-        open_Q = similarities_QK[:, -1] >= last_Q - 2 * tolerance(last_Q, dim)
-    else:
+    error = tolerance(exact.queries.shape[1])
+    while True:
+        # Where the first one left out may be as near as the last one wanted, ties reach beyond what was found.
         open_Q = np.zeros(len(ids_QK), dtype=bool)
-    rows = np.arange(len(ids_QK)) if matches_QK is None else _rows_with_close_matches(similarities_QK, matches_QK, dim)
-    rows = rows[~open_Q[rows]]
-    ids_QK[rows] = _settle_rows(similarities_QK[rows], ids_QK[rows], rows, exact, k)
+        if not complete:
+            open_Q = similarities_QK[:, -1] >= similarities_QK[:, k - 1] - 2 * error
+        close_Q = ~open_Q if matches_QK is None else ~open_Q & _have_close_matches(similarities_QK, matches_QK, error)
+        rows = np.flatnonzero(close_Q)
+        settled, seen_error = _settle_rows(similarities_QK[rows], ids_QK[rows], rows, exact, k, error)
+        if seen_error <= error:
+            break
+        error = 2 * seen_error
+    ids_QK[rows] = settled
     rows = np.flatnonzero(open_Q)
     if len(rows):
         ids_QK[rows, :k] = exact.nearest(rows, k)[:, :k]
     return ids_QK
 
 
-def _rows_with_close_matches(
-    similarities_QK: NDArray[np.float32], matches_QK: NDArray[np.bool_], dim: int
-) -> NDArray[np.int64]:
+def _have_close_matches(
+    similarities_QK: NDArray[np.float32], matches_QK: NDArray[np.bool_], error: float
+) -> NDArray[np.bool_]:
     rows_P, columns_P = np.nonzero(matches_QK)
     similarities_P = similarities_QK[rows_P, columns_P]
     before_P = similarities_QK[rows_P, np.maximum(columns_P - 1, 0)]
     after_P = similarities_QK[rows_P, np.minimum(columns_P + 1, similarities_QK.shape[1] - 1)]
-    close_P = (columns_P > 0) & (before_P - similarities_P <= 2 * tolerance(before_P, dim))
-    close_P |= (columns_P + 1 < similarities_QK.shape[1]) & (
-        similarities_P - after_P <= 2 * tolerance(similarities_P, dim)
-    )
-    return np.unique(rows_P[close_P])
+    close_P = (columns_P > 0) & (before_P - similarities_P <= 2 * error)
+    close_P |= (columns_P + 1 < similarities_QK.shape[1]) & (similarities_P - after_P <= 2 * error)
+    found_Q = np.zeros(len(similarities_QK), dtype=bool)
+    found_Q[rows_P[close_P]] = True
+    return found_Q
 
 
 def _settle_rows(
@@ -577,26 +601,27 @@ def _settle_rows(
     rows_Q: NDArray[np.int64],
     exact: _Exact,
     k: int,
-) -> NDArray[np.int64]:
-    """Settle the ties of the queries `rows_Q` of a block, none of whose ties reach beyond the neighbours."""
-    factor = 1.0
-    while True:
-        error_QK = tolerance(similarities_QK, exact.queries.shape[1], factor)
-        # Whether a neighbour can change places with the next one.
-        close_QK = similarities_QK[:, :-1] - similarities_QK[:, 1:] <= 2 * error_QK[:, :-1]
-        involved_QK = np.zeros(ids_QK.shape, dtype=bool)
-        involved_QK[:, :-1] |= close_QK
-        involved_QK[:, 1:] |= close_QK
-        # Beyond the last one wanted only those matter that hang together with it.
-        np.logical_and.accumulate(close_QK[:, k - 1 :], axis=1, out=close_QK[:, k - 1 :])
-        involved_QK[:, k:] &= close_QK[:, k - 1 :]
-        rows_P, columns_P = np.nonzero(involved_QK)
-        ids_P, similarities_P = ids_QK[rows_P, columns_P], similarities_QK[rows_P, columns_P]
-        exact_P = exact.similarities(rows_Q[rows_P], ids_P)
-        if not (np.abs(exact_P - similarities_P) > error_QK[rows_P, columns_P]).any():
-            break
-        factor *= 2
+    error: float,
+) -> tuple[NDArray[np.int64], float]:
+    """Settle the ties of the queries `rows_Q` of a block, none of whose ties reach beyond the neighbours.
+
+    Returns:
+        The ids in their settled order, and the greatest error of a similarity that was looked at.
+
+    """
+    close_QK = similarities_QK[:, :-1] - similarities_QK[:, 1:] <= 2 * error  # may change places with the next one
+    involved_QK = np.zeros(ids_QK.shape, dtype=bool)
+    involved_QK[:, :-1] |= close_QK
+    involved_QK[:, 1:] |= close_QK
+    # Beyond the last one wanted only those matter that hang together with it.
+    np.logical_and.accumulate(close_QK[:, k - 1 :], axis=1, out=close_QK[:, k - 1 :])
+    involved_QK[:, k:] &= close_QK[:, k - 1 :]
+    rows_P, columns_P = np.nonzero(involved_QK)
+    if not len(rows_P):
+        return ids_QK, 0.0
+    ids_P = ids_QK[rows_P, columns_P]
+    exact_P = exact.similarities(rows_Q[rows_P], ids_P)
     starts_P = np.ones(len(rows_P), dtype=bool)
     starts_P[1:] = (rows_P[1:] != rows_P[:-1]) | ~close_QK[rows_P[1:], columns_P[1:] - 1]
     ids_QK[rows_P, columns_P] = ids_P[np.lexsort((ids_P, -exact_P, np.cumsum(starts_P)))]
-    return ids_QK
+    return ids_QK, float(np.abs(exact_P - similarities_QK[rows_P, columns_P]).max())

@@ -1,5 +1,6 @@
 """Running a function on several real gloo ranks."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -25,4 +26,6 @@ def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_enter, args=(function, world_size, port, arguments), nprocs=world_size)
+    # The ranks are forked from a server that has imported torch and what else takes long, once for all tests.
+    multiprocessing.set_forkserver_preload(["nsl_dist.training.step", "nsl_dist.training.checkpoint"])
+    mp.start_processes(_enter, (function, world_size, port, arguments), world_size, start_method="forkserver")

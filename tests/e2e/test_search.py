@@ -95,6 +95,23 @@ def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path
     assert (found[:, 140:] == -1).all()
 
 
+def test_sums_that_cancel_are_told_apart(tmp_path: Path) -> None:
+    """Their rounding errors are many times larger than the sums themselves."""
+    rng = np.random.default_rng(4)
+    query = np.ones(512) / np.sqrt(512)
+    vectors = np.repeat([1.0, -1.0], 256) / np.sqrt(512) + 1e-3 * rng.normal(size=(2000, 512))
+    vectors -= (vectors @ query - rng.uniform(0, 1e-5, size=2000))[:, None] * query
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    queries = (query + 1e-6 * rng.normal(size=(16, 512))).astype(np.float32)
+    query_set = write(tmp_path, queries, num_files=1, split="query")
+    gallery_set = write(tmp_path, vectors, split="gallery")
+    expected = brute_force(queries, vectors, 10, kind="float", own=False)
+    with open_gallery(gallery_set, ("float",), EvalConfig(num_shards=1), k=10, num_gpus=0) as gallery:
+        for k in (1, 10):
+            (found,) = search(query_set, gallery, "float", lambda _, ids: ids, k=k)
+            np.testing.assert_array_equal(found, expected[:, :k])
+
+
 def test_kmeans_over_shards_finds_planted_clusters(tmp_path: Path) -> None:
     from sklearn.metrics import normalized_mutual_info_score
 
