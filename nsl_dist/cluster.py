@@ -17,10 +17,7 @@ def connect(*, num_cpus: int) -> None:
             then share them.
 
     """
-    import ray.data  # takes seconds, which actors that only wait for tasks need not spend
-
-    # Progress is printed by the jobs themselves, as plain lines.
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    hide_progress_bars()
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -33,6 +30,13 @@ def connect(*, num_cpus: int) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="warning",
     )
+
+
+def hide_progress_bars() -> None:
+    """Switch those of Ray Data off in this process: the jobs print their progress as plain lines."""
+    import ray.data  # takes seconds, which an actor that reads nothing need not spend
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def get(references: Any) -> Any:

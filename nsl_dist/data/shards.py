@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +32,7 @@ from nsl_dist.progress import Progress
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 * 2**20
 MIN_SHARDS = 8  # of a split, so that small data sets are read and embedded in parallel too
+IMAGES_PER_PROCESS = 256  # at least: fewer are not worth the start of another
 
 BAG_SCHEMA = pa.schema([("image_id", pa.int64()), ("class_id", pa.string()), ("image", pa.binary())])
 CLASSES_SCHEMA = pa.schema(
@@ -275,7 +277,8 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
         return {"report": json.dumps(_write_shard(part, root=root, out=out, name=task["name"]))}
 
     tasks = [{"name": name, "start": start, "stop": stop} for name, start, stop in ranges]
-    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write, num_cpus=1)
+    few = ray.data.TaskPoolStrategy(math.ceil(len(records) / IMAGES_PER_PROCESS))
+    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write, num_cpus=1, compute=few)
     reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
 
     classes = _index_classes([row for report in reports for row in report["classes"]])

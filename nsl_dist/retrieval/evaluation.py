@@ -219,6 +219,7 @@ def evaluate_checkpoint(
         Metrics for Ray Train to keep with the checkpoint.
 
     """
+    cluster.hide_progress_bars()
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, nmi=False))
     results = evaluate(model_location(checkpoint, run_dir), config, manifest, num_gpus=0)  # training holds the GPUs
     progress.put({"step": step, "evaluation": results})

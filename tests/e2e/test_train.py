@@ -124,6 +124,7 @@ def test_output_says_what_it_does_and_found(finished: tuple[Path, str]) -> None:
         "step 7: float recall@1/10/100/1000",
     ):
         assert text in output
+    assert "Running Dataset" not in output  # Ray Data's own progress bars
     lines = output.splitlines()
     results = lines.index(f"results: {storage}/runs/first/results.json")
     assert lines[results + 1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
