@@ -82,13 +82,20 @@ class GalleryShard:
         # an actor that reserves no CPU one thread of BLAS, unless OMP_NUM_THREADS says otherwise.
         self._pool = ThreadPoolExecutor(self._num_threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._first = ids.start
-        self._held = _load(gallery, ids, kinds, resident_bytes=memory_bytes / 2)
+        self._load = partial(_load, gallery, ids, kinds, resident_bytes=memory_bytes / 2)
+        self._held: dict[Kind, NDArray[Any]] = {}
         self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
         self._gpu_lock = threading.Lock()
         self._index: Any = None
 
-    def best_block_size(self) -> int:
-        """Return how many queries keep all threads at work."""
+    def load(self) -> int:
+        """Read the shard; return how many queries at a time keep all threads at work.
+
+        Raises:
+            ValueError: no room for a memory-mapped file.
+
+        """
+        self._held = self._load()
         return self._num_threads * self._queries_at_once
 
     def approximate(self, factory: str, parameters: str | None) -> None:
@@ -375,7 +382,7 @@ def open_gallery(
         exact: False searches floats with the approximate index of `config`.
 
     Raises:
-        ValueError: the approximate index cannot be built, or the gallery is too large.
+        ValueError: the approximate index cannot be built, or the gallery is too large for the ids or the disk.
 
     """
     if embeddings.num_vectors > MOST_IDS:
@@ -401,7 +408,7 @@ def open_gallery(
         for place, (start, stop) in enumerate(itertools.pairwise(cuts))
     ]
     try:
-        block_sizes = cluster.get([shard.best_block_size.remote() for shard in shards])
+        block_sizes = cluster.get([shard.load.remote() for shard in shards])
         if not exact:
             cluster.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
         # A quarter of the memory for the neighbours of the blocks in flight: keys from each shard, again in the object

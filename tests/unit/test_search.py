@@ -7,6 +7,7 @@ import pytest
 from nsl_dist.retrieval.embeddings import EmbeddingSet, load_index, pack_codes, write_file, write_index
 from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
 from nsl_dist.retrieval.neighbours import Nearest, distances_of, ids_of, merge, to_keys, without
+from nsl_dist.retrieval.search import _map_file
 
 
 @pytest.mark.parametrize("dim", [8, 13])
@@ -62,6 +63,11 @@ def test_the_nearest_are_kept_and_merged_ties_by_id(pieces: list[int], values: i
     expected = np.argsort(distances, axis=1, kind="stable")[:, :100]
     assert np.array_equal(ids_of(nearest.sorted()), expected)
     assert np.array_equal(ids_of(merge(parts, 100)), expected)
+
+
+def test_a_disk_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot keep .* GiB of embeddings in .*; raise --eval.memory-budget"):
+        _map_file(2**62)
 
 
 def test_the_query_is_left_out_wherever_it_ranks() -> None:
