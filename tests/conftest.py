@@ -4,7 +4,6 @@ import io
 import runpy
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,12 @@ def omniglot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(root.rglob("Ebay_train.txt")).parent
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """A real Ray on this machine, on loopback."""
-    import ray
-
+@pytest.fixture
+def cluster() -> None:
+    """A real Ray on this machine, on loopback; it stays for the tests to come."""
     from nsl_dist.cluster import connect
 
     connect(num_cpus=4)
-    yield
-    ray.shutdown()
 
 
 def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 import torch
 
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
@@ -39,10 +40,10 @@ def without_cluster() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+@contextlib.contextmanager
+def started_head(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray head started by hand on loopback, with a dashboard that takes jobs; its address and environment."""
-    directory = tmp_path_factory.mktemp("head")
+    ray.shutdown()  # that of other tests: both would share the cores
     with contextlib.ExitStack() as free:
         sockets = [free.enter_context(socket.socket()) for _ in range(3)]
         for each in sockets:
@@ -80,18 +81,16 @@ def _listens(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    head: tuple[str, dict[str, str]], root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
+def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A job of two workers, submitted to a cluster; half of the classes sampled, evaluated after every epoch."""
-    address, environment = head
     storage = tmp_path_factory.mktemp("storage")
     flags = [
         f"--data.root={root}", f"--storage={storage}", "--run-name=first", "--num-workers=2", *SMALL,
         "--proxies.sample-rate=0.5", "--eval.every=1", "--eval.untrained", "--eval.num-shards=2", "--checkpoint.keep=1",
     ]  # fmt: skip
-    submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
-    done = run(*submit, "jobs/train_sop.py", *flags, environment=environment)
+    with started_head(tmp_path_factory.mktemp("head")) as (address, environment):
+        submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
+        done = run(*submit, "jobs/train_sop.py", *flags, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return storage, done.stdout
 
