@@ -277,7 +277,7 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
         return {"report": json.dumps(_write_shard(part, root=root, out=out, name=task["name"]))}
 
     tasks = [{"name": name, "start": start, "stop": stop} for name, start, stop in ranges]
-    few = ray.data.TaskPoolStrategy(math.ceil(len(records) / IMAGES_PER_PROCESS))
+    few = ray.data.TaskPoolStrategy(min(len(tasks), math.ceil(len(records) / IMAGES_PER_PROCESS)))
     written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write, num_cpus=1, compute=few)
     reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
 
