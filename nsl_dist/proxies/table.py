@@ -2,13 +2,12 @@
 
 import contextlib
 import mmap
-import os
-import tempfile
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nsl_dist.mapped import map_file
 from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
 from nsl_dist.proxies.partition import Partition
 
@@ -66,7 +65,7 @@ class Table:
         self.initial_bound = initial_bound
         shape = (partition.num_rows, dim)
         if placement == "disk":
-            self.values = _map_file(shape, dtype, directory or tempfile.gettempdir())
+            self.values = _map_file(shape, dtype, directory)
         elif placement == "host" or self.device.type == "cpu":
             self.values = _map_memory(shape, dtype)
         else:
@@ -157,19 +156,14 @@ def _map_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _map_file(shape: tuple[int, int], dtype: torch.dtype, directory: str) -> Tensor:
+def _map_file(shape: tuple[int, int], dtype: torch.dtype, directory: str | None) -> Tensor:
     if shape[0] == 0:
         return torch.empty(shape, dtype=dtype)
-    num_bytes = shape[0] * shape[1] * dtype.itemsize
-    try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            # All of it now: a disk that is full later would end the process with a bus error.
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            memory = mmap.mmap(file.fileno(), num_bytes)
-    except OSError as error:
-        raise ValueError(
-            f"cannot keep {num_bytes / 2**30:.1f} GiB of class proxies in {directory}: {error.strerror}; set "
-            "--proxies.directory to a folder on a local disk with room for them"
-        ) from error
+    memory = map_file(
+        shape[0] * shape[1] * dtype.itemsize,
+        directory=directory,
+        what="class proxies",
+        remedy="set --proxies.directory to a folder on a local disk with room for them",
+    )
     memory.madvise(mmap.MADV_RANDOM)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

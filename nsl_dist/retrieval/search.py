@@ -12,9 +12,7 @@ Letters of array names: Q queries of a block, K neighbours, D dimensions, P pair
 """
 
 import itertools
-import mmap
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ from numpy.typing import NDArray
 
 from nsl_dist import cluster
 from nsl_dist.config import EvalConfig
+from nsl_dist.mapped import map_file
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes
@@ -279,25 +278,20 @@ def _load(
             "vector", gallery.dim, np.float32
         )  # fmt: skip
         num_bytes = len(ids) * width * np.dtype(dtype).itemsize
-        memory = _map_file(num_bytes) if num_bytes > resident_bytes else bytearray(num_bytes)
-        resident_bytes -= num_bytes if num_bytes <= resident_bytes else 0
+        if num_bytes > resident_bytes:
+            memory: Any = map_file(
+                num_bytes,
+                directory=None,
+                what="embeddings",
+                remedy="raise --eval.memory-budget, or set TMPDIR to a folder on a disk with room for them",
+            )
+        else:
+            memory = bytearray(num_bytes)
+            resident_bytes -= num_bytes
         held[kind] = np.frombuffer(memory, dtype=dtype).reshape(len(ids), width)
         for first, rows in gallery.read(column, ids):
             held[kind][first - ids.start : first - ids.start + len(rows)] = rows
     return held
-
-
-def _map_file(num_bytes: int) -> mmap.mmap:
-    try:
-        with tempfile.TemporaryFile(prefix="nsl_dist_gallery_") as file:
-            # All of it now: a disk that is full later would end the process with a bus error.
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            return mmap.mmap(file.fileno(), num_bytes)
-    except OSError as error:
-        raise ValueError(
-            f"cannot keep {num_bytes / 2**30:.1f} GiB of embeddings in {tempfile.gettempdir()}: {error.strerror}; "
-            "raise --eval.memory-budget, or set TMPDIR to a folder on a disk with room for them"
-        ) from error
 
 
 def _as_floats(vectors: NDArray[Any]) -> NDArray[np.float32]:
