@@ -1,6 +1,10 @@
 """Distributed deep metric learning by classification: the Normalized Softmax Loss at 10^4 to 10^8 classes, on Ray."""
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsl_dist.embedder import Embedder
 
 # Ray reads these when it is imported.
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
@@ -9,3 +13,10 @@ if "RAY_ADDRESS" not in os.environ:
     # the default) and is not starved by what else runs there.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def load_embedder(location: str, *, device: str = "cpu") -> "Embedder":
+    """Load the embedding model of a checkpoint (see `nsl_dist.embedder.load_embedder`)."""
+    from nsl_dist.embedder import load_embedder  # imports torch and torchvision, which takes seconds
+
+    return load_embedder(location, device=device)

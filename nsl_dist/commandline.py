@@ -9,6 +9,7 @@ import tyro
 
 from nsl_dist.config import Layout, TrainConfig
 from nsl_dist.recipes import RECIPES
+from nsl_dist.runs import StoppedError, TrainingError
 
 
 def parse_train_config(
@@ -43,9 +44,18 @@ def spell_out(arguments: list[str]) -> list[str]:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job; a user's mistake ends it with one line and exit status 2 instead of a stack trace."""
+    """Run a job; what a user can mend ends it with one line instead of a stack trace.
+
+    Exit status 2: bad input; 1: training that cannot go on; 128 + signal: stopped, and can go on.
+    """
     try:
         main()
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

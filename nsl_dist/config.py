@@ -1,6 +1,8 @@
 """The configuration of a run: frozen, validated, every field with its unit. Recipes fill it in; flags override it."""
 
-from dataclasses import dataclass, field, replace
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
@@ -39,8 +41,11 @@ class DataConfig:
     """Training images are sheared by up to this many degrees either way."""
     max_undecodable: float = 0.01
     """Share of the images that may fail to decode when a raw folder is sharded; they are listed and left out."""
+    max_damaged_shards: int = 0
+    """Shards that may turn out damaged or missing in mid-run: from then on no batch has their classes. More stop it."""
 
     def __post_init__(self) -> None:
+        _require(self.max_damaged_shards >= 0, f"--data.max-damaged-shards {self.max_damaged_shards} must be >= 0")
         _require(self.images_per_class >= 1, f"--data.images-per-class {self.images_per_class} must be at least 1")
         _require(
             self.batch_size > 0 and self.batch_size % self.images_per_class == 0,
@@ -154,14 +159,28 @@ class OptimConfig:
 class CheckpointConfig:
     """Checkpoints of backbone, proxies, optimisers and step."""
 
-    every: int = 0
-    """Iterations between checkpoints; 0 writes one at the end of every epoch."""
+    every: int | str = "10min"
+    """Iterations between checkpoints, or minutes: 500 or 10min. There is always one at the end."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the best model among those evaluated is kept beside them."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"--checkpoint.every {self.every} must be >= 0")
+        _require(
+            isinstance(self.every, int) or re.fullmatch(r"\d+(\.\d+)?min", self.every) is not None,
+            f"--checkpoint.every {self.every} must be a number of iterations (500) or of minutes (10min)",
+        )
+        _require((self.steps or self.minutes or 0) > 0, f"--checkpoint.every {self.every} must be positive")
         _require(self.keep >= 1, f"--checkpoint.keep {self.keep} must be >= 1")
+
+    @property
+    def steps(self) -> int | None:
+        """Iterations between checkpoints; None: time says."""
+        return self.every if isinstance(self.every, int) else None
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between checkpoints; None: iterations say."""
+        return None if isinstance(self.every, int) else float(self.every.removesuffix("min"))
 
 
 @dataclass(frozen=True)
@@ -274,8 +293,9 @@ class TrainConfig:
     """Folder or URI where runs, checkpoints and shards go; on a cluster, one that all nodes can reach."""
     run_name: str | None = None
     """Name of the run, a folder below STORAGE/runs. None: the recipe and the time."""
-    num_workers: int | None = None
-    """Training workers. None: one for each GPU of the cluster, as far as they share the batch evenly; one on CPUs."""
+    num_workers: int | None | str = None  # noqa: RUF036  (so tyro reads both "None" and "2..4" as they are meant)
+    """Training workers, or fewest and most of them, 2..4: then as many as the cluster has room for while nodes leave
+    and come. None: one for each GPU of the cluster, as far as they share the batch evenly; one on CPUs."""
     cpus_per_worker: int = 1
     """CPUs that each training worker reserves; the rest of the cluster reads and decodes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -302,19 +322,35 @@ class TrainConfig:
             f"--precision bfloat16 needs images of 32 pixels or more, got --data.image-size {self.data.image_size}: on "
             "CPUs PyTorch's bfloat16 gradient of a strided convolution over a single pixel is wrong",
         )
-        if self.num_workers is not None:
-            _require(self.num_workers >= 1, f"--num-workers {self.num_workers} must be at least 1")
-            batch_size = self.data.batch_size
+        if isinstance(self.num_workers, str):
             _require(
-                batch_size % self.num_workers == 0,
-                f"global batch {batch_size} is not divisible by {self.num_workers} workers; set --data.batch-size to a "
-                f"multiple of {self.num_workers} and of --data.images-per-class {self.data.images_per_class}",
+                re.fullmatch(r"\d+\.\.\d+", self.num_workers) is not None,
+                f"--num-workers {self.num_workers} must be a number (4) or a range (2..4)",
+            )
+        if self.worker_range is not None:
+            low, high = self.worker_range
+            _require(1 <= low <= high, f"--num-workers {self.num_workers} must be at least 1, and the fewest first")
+            batch_size, counts = self.data.batch_size, range(low, high + 1)
+            uneven = [count for count in counts if batch_size % count]
+            _require(
+                not uneven,
+                f"global batch {batch_size} is not divisible by {', '.join(map(str, uneven))} workers; set "
+                f"--data.batch-size to a multiple of {math.lcm(*counts)} and of --data.images-per-class "
+                f"{self.data.images_per_class}",
             )
         if self.run_name is not None:
             _require(
                 bool(self.run_name) and "/" not in self.run_name and not self.run_name.startswith("."),
                 f"--run-name {self.run_name!r} must be a folder name without a slash or leading dot",
             )
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """Fewest and most training workers; None: the cluster says."""
+        if self.num_workers is None:
+            return None
+        low, _, high = str(self.num_workers).partition("..")
+        return int(low), int(high or low)
 
 
 def config_from_dict(fields: dict[str, Any]) -> TrainConfig:
@@ -333,3 +369,28 @@ def config_from_dict(fields: dict[str, Any]) -> TrainConfig:
     if fields["eval"].recall_at is not None:
         fields["eval"] = replace(fields["eval"], recall_at=tuple(fields["eval"].recall_at))  # a list in JSON
     return TrainConfig(**fields)
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Return all fields by dotted name: `optim.lr`."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        flat |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+# What may change when a run goes on: it decides neither the batches nor what they do to the model.
+FREE_TO_CHANGE = re.compile(
+    r"recipe|storage|run_name|num_workers|cpus_per_worker|device|max_failures|checkpoint\..*|eval\..*|tracking\..*|"
+    r"data\.(root|layout|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
+)
+
+
+def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """Return what a run that goes on must not change but did, as lines `--optim.lr 0.01 -> 0.02`."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"--{name.replace('_', '-')} {old[name]} -> {new[name]}"
+        for name in old
+        if old[name] != new[name] and not FREE_TO_CHANGE.fullmatch(name)
+    ]

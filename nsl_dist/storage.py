@@ -1,13 +1,13 @@
 """Where files live: local paths and URIs, resolved the same way everywhere."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
-
-MODEL_FILE = "model.pt"  # of a checkpoint: the embedding model alone
 
 
 def absolute(location: str) -> str:
@@ -63,12 +63,24 @@ def read_bytes(location: str) -> bytes:
 
 
 def write_bytes(location: str, content: bytes) -> None:
-    """Write one whole file, its folders made as needed; on a local disk it appears complete or not at all."""
+    """Write one whole file (see `open_output`)."""
+    with open_output(location) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def open_output(location: str) -> Iterator[Any]:
+    """Open a file for writing, its folders made as needed; it appears complete or, on a local disk, not at all."""
     filesystem, path = resolve(location)
     filesystem.create_dir(os.path.dirname(path), recursive=True)
     partial = f"{path}.partial-{os.getpid()}" if isinstance(filesystem, fs.LocalFileSystem) else path
-    with filesystem.open_output_stream(partial) as stream:
-        stream.write(content)
+    try:
+        with filesystem.open_output_stream(partial) as stream:
+            yield stream
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            filesystem.delete_file(partial)
+        raise
     if partial != path:
         filesystem.move(partial, path)
 

@@ -1,8 +1,10 @@
 """MLflow: the one module that speaks to it. The driver owns the run; workers send it their records."""
 
-import dataclasses
+import os
 import re
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import mlflow
@@ -10,8 +12,10 @@ from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 from nsl_dist import storage
-from nsl_dist.config import TrainConfig
+from nsl_dist.config import TrainConfig, flatten
 
+MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
+SECONDS_BETWEEN_TRIES = 10.0
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
@@ -37,6 +41,12 @@ class Tracker:
 
         """
         self.run_id = ""
+        self._unsent: deque[Callable[[], Any]] = deque()
+        self._away = False
+        self._try_again_at = 0.0
+        # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
         uri = uri or f"sqlite:///{local_root}/mlflow.db"
@@ -75,29 +85,51 @@ class Tracker:
         else:
             experiment_id = found.experiment_id
         self.run_id = self._client.create_run(experiment_id, run_name=config.run_name).info.run_id
-        params = {**_flatten(dataclasses.asdict(config)), "data.digest": digest}
+        # URIs may hold credentials.
+        params = {name: _CREDENTIALS.sub("://***@", str(value)) for name, value in flatten(config).items()}
+        params["data.digest"] = digest
         self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
 
+    def last_step(self, name: str) -> int:
+        """Return the last step at which a metric was logged; 0 where it was not yet."""
+        return max((metric.step for metric in self._client.get_metric_history(self.run_id, name)), default=0)
+
     def log(self, metrics: dict[str, float], *, step: int) -> None:
-        """Log metrics at a global step."""
+        """Log metrics at a global step, now or when MLflow can be reached again."""
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+        logged = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, metrics=logged))
 
     def log_file(self, name: str, content: str) -> None:
-        """Log a text as an artifact."""
-        self._client.log_text(self.run_id, content, name)
+        """Log a text as an artifact, now or when MLflow can be reached again."""
+        self._send(lambda: self._client.log_text(self.run_id, content, name))
 
     def finish(self, *, status: str) -> None:
-        """End the run as FINISHED or FAILED."""
-        self._client.set_terminated(self.run_id, status)
+        """End the run as FINISHED, FAILED or KILLED; MLflow is waited for if it cannot be reached."""
+        self._send(lambda: self._client.set_terminated(self.run_id, status))
+        given_up = time.monotonic() + MLFLOW_PATIENCE
+        while self._unsent and time.monotonic() < given_up:
+            time.sleep(1)
+            self._send_all()
+        if self._unsent:
+            print(f"MLflow {self.uri} is still away: {len(self._unsent)} of its records are lost", flush=True)
 
+    def _send(self, record: Callable[[], Any]) -> None:
+        self._unsent.append(record)
+        if not self._away or time.monotonic() > self._try_again_at:
+            self._send_all()
 
-def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn a nested configuration into parameters by dotted name, without the credentials that a URI may hold."""
-    flat: dict[str, str] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = _CREDENTIALS.sub("://***@", str(value))
-    return flat
+    def _send_all(self) -> None:
+        """Send what is unsent, in order, up to the first that fails."""
+        was_away, self._away = self._away, False
+        while self._unsent and not self._away:
+            try:
+                self._unsent[0]()
+                self._unsent.popleft()
+            except (mlflow.exceptions.MlflowException, OSError) as error:
+                self._away = True
+                self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES
+                if not was_away:
+                    print(f"MLflow {self.uri} does not answer; its records are sent later: {error}", flush=True)
+        if was_away and not self._away:
+            print(f"MLflow {self.uri} answers again and has all records", flush=True)

@@ -23,6 +23,7 @@ class ClassBalancedPlan:
         batch_size: images in a global batch.
         images_per_class: images of each class in a batch, drawn with replacement.
         seed: with the step, all that a batch depends on.
+        left_out: labels that no batch has, ascending.
 
     """
 
@@ -30,13 +31,14 @@ class ClassBalancedPlan:
     batch_size: int
     images_per_class: int
     seed: int
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_classes < self.classes_per_batch:
+        if self.num_classes - len(self.left_out) < self.classes_per_batch:
             raise ValueError(
                 f"a batch of {self.batch_size} images with {self.images_per_class} of each class needs "
-                f"{self.classes_per_batch} classes, but the training split has {self.num_classes}; lower "
-                "--data.batch-size or raise --data.images-per-class"
+                f"{self.classes_per_batch} classes, but the training split has "
+                f"{self.num_classes - len(self.left_out)}; lower --data.batch-size or raise --data.images-per-class"
             )
         if self.steps_per_epoch < 1:
             raise ValueError(
@@ -62,7 +64,10 @@ class ClassBalancedPlan:
     def batch(self, step: int) -> PlannedBatch:
         """Draw the global batch of a step."""
         rng = np.random.default_rng((self.seed, step))
-        classes = rng.choice(self.num_classes, size=self.classes_per_batch, replace=False)
+        classes = rng.choice(self.num_classes - len(self.left_out), size=self.classes_per_batch, replace=False)
+        # The number of classes kept before each one left out: those from there on move up.
+        kept_before = np.array(self.left_out, dtype=np.int64) - np.arange(len(self.left_out))
+        classes += np.searchsorted(kept_before, classes, side="right")
         labels = np.repeat(classes, self.images_per_class)
         return PlannedBatch(labels=labels, indices=rng.integers(self.class_sizes[labels]))
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,7 @@ from nsl_dist.progress import Progress
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 * 2**20
 MIN_SHARDS = 8  # of a split, so that small data sets are read and embedded in parallel too
+READ_AGAIN_AFTER = (1.0, 4.0)  # seconds: object stores fail now and then
 IMAGES_PER_PROCESS = 256  # at least: fewer are not worth the start of another
 
 BAG_SCHEMA = pa.schema([("image_id", pa.int64()), ("class_id", pa.string()), ("image", pa.binary())])
@@ -45,6 +47,22 @@ CLASSES_SCHEMA = pa.schema(
         ("row_group", pa.int64()),
     ]
 )
+
+
+class DamagedShardError(ValueError):
+    """A shard that cannot be read.
+
+    Attributes:
+        shard: its name.
+
+    """
+
+    def __init__(self, shard: str, why: str) -> None:
+        super().__init__(shard, why)
+        self.shard = shard
+
+    def __str__(self) -> str:
+        return f"shard {self.args[1]}; prepare the data again, or leave its classes out with --data.max-damaged-shards"
 
 
 @dataclass(frozen=True)
@@ -87,9 +105,24 @@ class Split:
         return int((self.sizes == 1).sum())
 
     def read_bag(self, label: int, columns: list[str]) -> pa.Table:
-        """Read the images of one class, all of them, in their fixed order."""
-        shard = _open_shard(storage.join(self.root, self.shard_names[self.shards[label]]))
-        return shard.read_row_group(int(self.row_groups[label]), columns=columns)
+        """Read the images of one class, all of them, in their fixed order.
+
+        Raises:
+            DamagedShardError: their shard cannot be read, not even when tried again.
+
+        """
+        name = self.shard_names[self.shards[label]]
+        location = storage.join(self.root, name)
+        attempts = len(READ_AGAIN_AFTER)
+        while True:
+            try:
+                return _open_shard(location).read_row_group(int(self.row_groups[label]), columns=columns)
+            except (OSError, pa.ArrowException) as error:
+                if attempts == 0:
+                    raise DamagedShardError(name, f"{location}: {error}") from error
+                _open_shard.cache_clear()
+                time.sleep(READ_AGAIN_AFTER[-attempts])
+                attempts -= 1
 
 
 @functools.lru_cache(maxsize=256)

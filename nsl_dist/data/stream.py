@@ -12,7 +12,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from nsl_dist.config import DataConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
-from nsl_dist.data.shards import Split
+from nsl_dist.data.shards import DamagedShardError, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,9 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
     Returns:
         uint8 `[len(part.labels), 3, resized_edge, resized_edge]`.
 
+    Raises:
+        DamagedShardError: a shard cannot be read, or an image of it decoded.
+
     """
     import torch
 
@@ -112,6 +115,11 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
         places = np.flatnonzero(part.labels == label)
         # An image drawn twice is decoded once.
         for index in np.unique(part.indices[places]).tolist():
-            image = resize(decode(bag[index].as_py()), config.resized_edge)
-            images[places[part.indices[places] == index]] = image
+            try:
+                image = decode(bag[index].as_py())
+            except ValueError as error:  # they were all decoded when the shards were written
+                name = split.shard_names[split.shards[label]]
+                where = f"{split.root}/{name}: image {index} of class {label}"
+                raise DamagedShardError(name, f"{where}: {error}") from error
+            images[places[part.indices[places] == index]] = resize(image, config.resized_edge)
     return images

@@ -142,25 +142,44 @@ class ProxyMatrix:
         return loss
 
     def complete(self, *, step: int) -> dict[str, Tensor]:
-        """Bring every row up to date with the steps before `step`; return `state`."""
+        """Bring every row up to date with the steps before `step`, as at the end of a run; return `state`."""
         assert self.optimizer is not None
         self._check_finite()
         self._drop_prefetched()
         self.weight.make_all()
         self.optimizer.catch_up(step=step)
-        return self.state()
+        return self._rows()
 
     def state(self) -> dict[str, Tensor]:
-        """Return this worker's rows of everything that a checkpoint keeps, by name; tensors over the very memory."""
-        assert self.optimizer is not None
-        return {"weight": self.weight.values, **self.optimizer.state}
+        """Return this worker's rows of everything that a checkpoint keeps, by name; tensors over the very memory.
 
-    def declare_loaded(self) -> None:
-        """Go on with what was written into the tensors of `state`."""
+        They are made if they were not yet, but not brought up to date: what they have missed is the optimiser's
+        `history`. So a checkpoint changes nothing of what comes after it.
+
+        Raises:
+            FloatingPointError: see `loss`.
+
+        """
         assert self.optimizer is not None
+        self._check_finite()
+        self._drop_prefetched()
+        self.weight.make_all()
+        return self._rows()
+
+    def overwrite(self) -> dict[str, Tensor]:
+        """Return the tensors of `state` to be written over; then call `resume`."""
         self._drop_prefetched()
         self.weight.declare_made()
-        self.optimizer.declare_current()
+        return self._rows()
+
+    def resume(self, history: dict[str, Tensor]) -> None:
+        """Go on with what was written into the tensors of `overwrite`, and the optimiser's `history`."""
+        assert self.optimizer is not None
+        self.optimizer.resume(history)
+
+    def _rows(self) -> dict[str, Tensor]:
+        assert self.optimizer is not None
+        return {"weight": self.weight.values, **self.optimizer.state}
 
     def _drop_prefetched(self) -> None:
         if self._prefetched is not None:

@@ -33,25 +33,33 @@ class DeferredSGD:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.num_finished = 0
-        self.declare_current()
+        self._declare_current()
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the weights."""
-        return {"velocity": self.velocity.values}
+        """What a checkpoint keeps for each row beside its weights."""
+        return {"velocity": self.velocity.values, "step": self._step_of_C}
+
+    @property
+    def history(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps once for all rows and workers: what the rows left alone have missed."""
+        return self._missed.state
+
+    def resume(self, history: dict[str, Tensor]) -> None:
+        """Go on with what was written into the tensors of `state`, and a `history`."""
+        self._missed.state = history
+        self._all_current = bool((self._step_of_C == self._missed.num_steps).all())
 
     @property
     def bytes_per_row(self) -> int:
         """What `read` returns for one row."""
         return 8 * self.weight.values.shape[1]
 
-    def declare_current(self) -> None:
-        """Take weights and velocities as up to date, for example from a checkpoint."""
+    def _declare_current(self) -> None:
         device = self.weight.values.device
-        self._num_steps = 0  # since all rows were up to date
         self._step_of_C = torch.zeros(self.weight.partition.num_rows, dtype=torch.int32, device=device)
         self._all_current = True
-        self._missed = _MapProducts(device)
+        self._missed: _MapProducts = _MapProducts(device)
 
     def read(self, rows: Rows, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and velocities, float32 `[S, D]` on the device, up to date with the steps so far.
@@ -77,14 +85,13 @@ class DeferredSGD:
         self.weight.write(rows, weight_SD, stream=4 * step + 1)
         self.velocity.write(rows, velocity_SD, stream=4 * step + 2)
         if isinstance(rows, slice):
-            self._step_of_C[rows].fill_(self._num_steps + 1)
+            self._step_of_C[rows].fill_(self._missed.num_steps + 1)
         else:
-            self._step_of_C.index_fill_(0, rows, self._num_steps + 1)
+            self._step_of_C.index_fill_(0, rows, self._missed.num_steps + 1)
 
     def finish_step(self, num_updated: int, *, lr: float) -> None:
         """End a step that updated `num_updated` rows; for the others it goes on record."""
         self.num_finished += 1
-        self._num_steps += 1
         self._all_current = self._all_current and num_updated == self.weight.partition.num_rows
         self._missed.append([[1 - lr * self.weight_decay, -lr * self.momentum], [self.weight_decay, self.momentum]])
 
@@ -95,7 +102,7 @@ class DeferredSGD:
                 weight_SD, velocity_SD = self.read(rows)
                 self.weight.write(rows, weight_SD, stream=4 * step + 3)
                 self.velocity.write(rows, velocity_SD, stream=4 * step + 4)
-        self.declare_current()
+        self._declare_current()
 
 
 class RowwiseAdagrad:
@@ -120,16 +127,22 @@ class RowwiseAdagrad:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the weights."""
+        """What a checkpoint keeps for each row beside its weights."""
         return {"accumulator": self.accumulator.values}
+
+    @property
+    def history(self) -> dict[str, Tensor]:
+        """Nothing: rows without a gradient do not move."""
+        return {}
+
+    def resume(self, history: dict[str, Tensor]) -> None:
+        """Go on with what was written into the tensors of `state`."""
+        assert not history
 
     @property
     def bytes_per_row(self) -> int:
         """What `read` returns for one row."""
         return 4 * self.weight.values.shape[1] + 4
-
-    def declare_current(self) -> None:
-        """Rows without a gradient do not move."""
 
     def read(self, rows: Rows, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return weights `[S, D]` and accumulators `[S, 1]`, float32 on the device; in the memory of `out` if given."""
@@ -166,19 +179,31 @@ class _MapProducts:
         self._identity = torch.eye(2, dtype=torch.float64, device=device)[:, :, None]
         self._within = self._identity.repeat(1, 1, self.STEPS_PER_BLOCK)
         self._after = self._identity
-        self._num_steps = 0
+        self.num_steps = 0
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All products, `[2, 2, steps]` up to the ends of blocks and `[2, 2, blocks]`."""
+        return {"within": self._within[:, :, : self.num_steps], "after": self._after}
+
+    @state.setter
+    def state(self, state: dict[str, Tensor]) -> None:
+        self.num_steps = state["within"].shape[2]
+        self._after = state["after"].to(self._identity.device)
+        self._within = self._identity.repeat(1, 1, self._after.shape[2] * self.STEPS_PER_BLOCK)
+        self._within[:, :, : self.num_steps] = state["within"]
 
     def append(self, new_map: list[list[float]]) -> None:
         """Bring all products forward by one step."""
         new = torch.tensor(new_map, dtype=torch.float64).to(self._within.device, non_blocking=True)
-        block = self._num_steps // self.STEPS_PER_BLOCK
+        block = self.num_steps // self.STEPS_PER_BLOCK
         for products in (
-            self._within[:, :, block * self.STEPS_PER_BLOCK : self._num_steps + 1],
+            self._within[:, :, block * self.STEPS_PER_BLOCK : self.num_steps + 1],
             self._after[:, :, :block],
         ):
             products.copy_((new @ products.flatten(1)).view_as(products))
-        self._num_steps += 1
-        if self._num_steps % self.STEPS_PER_BLOCK == 0:
+        self.num_steps += 1
+        if self.num_steps % self.STEPS_PER_BLOCK == 0:
             self._within = torch.cat([self._within, self._identity.repeat(1, 1, self.STEPS_PER_BLOCK)], dim=2)
             self._after = torch.cat([self._after, self._identity], dim=2)
 

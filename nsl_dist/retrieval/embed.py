@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -231,6 +230,7 @@ class _Embedder:
         import torch
 
         from nsl_dist.device import autocast_dtype, use_cpu_threads
+        from nsl_dist.embedder import load_weights
         from nsl_dist.model import build_model
 
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
@@ -239,8 +239,7 @@ class _Embedder:
         self.dtype = autocast_dtype(config.precision, self.device)
         self.model = build_model(config.model, seed=config.seed, pretrained=weights is None)
         if weights is not None:
-            content = io.BytesIO(ray.get(weights))
-            self.model.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
+            load_weights(self.model, ray.get(weights), location="the checkpoint")
         self.model.eval().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

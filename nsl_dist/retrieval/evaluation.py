@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import re
 import time
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from pyarrow import fs
 from ray.util.queue import Queue
 
 from nsl_dist import cluster, storage
@@ -21,6 +19,7 @@ from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes, Judge, Ranks, bootstrap_intervals, join, recall_at_k
 from nsl_dist.retrieval.search import Gallery, Kind, open_gallery, search
+from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE, RUN_FILE, newest_checkpoint
 
 # What each data set is reported with (paper, section 4.1).
 RECALL_AT: dict[Layout, tuple[int, ...]] = {
@@ -164,6 +163,14 @@ def metrics_by_name(results: dict[str, Any]) -> dict[str, float]:
     return named
 
 
+def recall_line(results: dict[str, Any]) -> str:
+    """Return `evaluate`'s recalls in one line."""
+    return "; ".join(
+        f"{kind} recall@{'/'.join(by_k)} " + " / ".join(f"{100 * share:.1f}" for share in by_k.values())
+        for kind, by_k in results["recall"].items()
+    )
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return evaluations as a table for a person, metrics in %.
 
@@ -221,14 +228,23 @@ def evaluate_checkpoint(
     """
     cluster.hide_progress_bars()
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, nmi=False))
-    results = evaluate(model_location(checkpoint, run_dir), config, manifest, num_gpus=0)  # training holds the GPUs
+    location = storage.join(run_dir, checkpoint.path.rpartition("/")[2])
+    results = evaluate(storage.join(location, MODEL_FILE), config, manifest, num_gpus=0)  # training holds the GPUs
+    keep_best(location, results, run_dir)
     progress.put({"step": step, "evaluation": results})
     return metrics_by_name(results)
 
 
-def model_location(checkpoint: Any, run_dir: str) -> str:
-    """Return the path or URI of the model's state in a `ray.train.Checkpoint` of a run."""
-    return storage.join(run_dir, checkpoint.path.rpartition("/")[2], storage.MODEL_FILE)
+def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
+    """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
+    best = storage.join(run_dir, BEST)
+    score = next(iter(results["recall"]["float"].values()))
+    scored = storage.join(best, "score.json")
+    if storage.exists(scored) and json.loads(storage.read_bytes(scored)) >= score:
+        return
+    for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):
+        storage.write_bytes(storage.join(best, name), storage.read_bytes(storage.join(checkpoint, name)))
+    storage.write_bytes(scored, json.dumps(score).encode())
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -241,7 +257,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     config = dataclasses.replace(config, storage=storage.absolute(config.storage))
     checkpoint = find_checkpoint(config.checkpoint)
-    trained = json.loads(storage.read_bytes(storage.join(checkpoint, "run.json")))
+    trained = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))
     try:
         settings = config_from_dict(trained["config"])
     except (TypeError, KeyError) as error:
@@ -264,7 +280,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     manifest = _open_test_data(config, settings, trained["digest"])
     ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
     settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))
-    weights = storage.join(checkpoint, storage.MODEL_FILE)
+    weights = storage.join(checkpoint, MODEL_FILE)
     _check_weights(weights, settings)
     query, gallery = manifest.evaluation_splits
     images = f"{manifest.splits[query]['num_images']:,} images of {manifest.splits[query]['num_classes']:,} classes"
@@ -306,18 +322,15 @@ def find_checkpoint(location: str) -> str:
 
     """
     location = storage.absolute(location).rstrip("/")
-    if storage.exists(storage.join(location, "run.json")):
+    if storage.exists(storage.join(location, RUN_FILE)):
         return location
-    filesystem, path = storage.resolve(location)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    names = sorted(info.base_name for info in found if re.match(r"checkpoint_", info.base_name))
-    for name in reversed(names):
-        if storage.exists(storage.join(location, name, "run.json")):
-            return storage.join(location, name)
-    raise FileNotFoundError(
-        f"no checkpoint in {location}: it has neither run.json nor a folder checkpoint_*; give the folder of a run "
-        "(STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
-    )
+    checkpoint = newest_checkpoint(location)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {location}: it has neither {RUN_FILE} nor a whole checkpoint_*; give the folder of a "
+            "run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
+        )
+    return checkpoint
 
 
 def _open_test_data(config: EvaluateConfig, settings: TrainConfig, digest: str) -> Manifest:
@@ -341,19 +354,10 @@ def _check_weights(weights: str, config: TrainConfig) -> None:
     """Refuse weights that are not of the model that the checkpoint's configuration describes."""
 
     def check() -> None:
-        import io
-
-        import torch
-
+        from nsl_dist.embedder import load_weights
         from nsl_dist.model import build_model
 
-        state = torch.load(io.BytesIO(storage.read_bytes(weights)), map_location="cpu", weights_only=True)
-        try:
-            build_model(config.model, seed=config.seed, pretrained=False).load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{weights} is no {config.model.backbone} of {config.model.dim} dimensions, as run.json beside it "
-                f"says: {error}; the checkpoint was changed: copy it again"
-            ) from error
+        model = build_model(config.model, seed=config.seed, pretrained=False)
+        load_weights(model, storage.read_bytes(weights), location=weights)
 
     cluster.get(ray.remote(check).remote())  # in a task, since torchvision takes long to import

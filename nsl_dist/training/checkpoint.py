@@ -1,81 +1,215 @@
 """One checkpoint format for any number of workers.
 
-A checkpoint is a folder: `model.pt`, the embedding model alone; what `torch.distributed.checkpoint` writes of the
-optimiser and of the proxies with their momentum, one matrix of which every worker writes and reads its own rows; and
-`run.json`: step, number of classes, data digest and configuration.
+A checkpoint is a folder:
+
+- `embedder.safetensors` and `embedder.json`: the embedding model alone (see `nsl_dist.embedder`);
+- `optimizer.safetensors`: its momentum, and what the proxies left alone have missed;
+- `proxies-RANK-of-WORKERS.safetensors`: each worker's rows of the class proxies and of their optimiser's state, of
+  which any other number of workers reads its own by range;
+- `run.json`: step, number of classes and workers, data digest and configuration.
+
+All random numbers of a run come from its seed, the step and the worker, so there is no random state to keep. A
+checkpoint whose files are all there is whole: each appears complete or not at all.
 """
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
-from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.tensor import DTensor, Shard
 
-from nsl_dist.storage import MODEL_FILE
+from nsl_dist import storage
+from nsl_dist.embedder import describe, load_weights, weights_of
+from nsl_dist.mapped import map_file
+from nsl_dist.proxies.partition import Partition
+from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, rows_file
+from nsl_dist.training.row_files import RowFile, write_rows
 from nsl_dist.training.step import TrainingStep
 
-
-def save(directory: Path, training: TrainingStep, *, step: int, digest: str) -> None:
-    """Write the state before iteration `step`; every worker calls this with a folder of its own, merged later."""
-    training.proxies.complete(step=step)
-    save_sharded(_state(training), checkpoint_id=directory, no_dist=not dist.is_initialized())
-    if training.proxies.partition.rank == 0:
-        torch.save(training.model.state_dict(), directory / MODEL_FILE)
-        run = {
-            "step": step,
-            "num_classes": training.proxies.partition.num_classes,
-            "digest": digest,
-            "config": dataclasses.asdict(training.config),
-        }
-        (directory / "run.json").write_text(json.dumps(run, indent=1))
+HISTORY = "proxies."  # before the names of the proxies' history, beside those of parameters
+STORAGE_PATIENCE = 15 * 60  # seconds that storage may fail before training does
 
 
-def load(directory: Path, training: TrainingStep, *, digest: str) -> int:
-    """Load a checkpoint saved by any number of workers; return the iteration to go on with.
+class Checkpointer:
+    """Copies the state of one worker, then writes the copy beside the training.
 
-    Raises:
-        ValueError: it belongs to other data or another number of classes.
+    The copy takes as much memory as the state: where the proxies lie in a file, another file.
+
+    Args:
+        training: of this worker.
+        digest: of the training data.
 
     """
-    run = json.loads((directory / "run.json").read_text())
-    num_classes = training.proxies.partition.num_classes
-    if (run["digest"], run["num_classes"]) != (digest, num_classes):
+
+    def __init__(self, training: TrainingStep, *, digest: str) -> None:
+        self._training = training
+        self._digest = digest
+        self._written = threading.Event()
+        self._written.set()
+        self._step = 0
+        self._rows: dict[str, Tensor] = {}
+        self._model: dict[str, Tensor] = {}
+        self._optimizer: dict[str, Tensor] = {}
+
+    def copy(self, *, step: int) -> None:
+        """Copy the state before iteration `step`, once the copy before is written.
+
+        Raises:
+            FloatingPointError: the state is not finite.
+
+        """
+        training, partition = self._training, self._training.proxies.partition
+        self._written.wait()
+        self._written.clear()
+        self._step = step
+        for name, tensor in training.proxies.state().items():
+            if name not in self._rows or self._rows[name].shape != tensor.shape:
+                self._rows[name] = _like(tensor, self._training)
+            self._rows[name].copy_(tensor, non_blocking=True)
+        if partition.rank == 0:
+            self._model = {name: _to_host(tensor) for name, tensor in training.model.state_dict().items()}
+            self._optimizer = {name: _to_host(tensor) for name, tensor in _optimizer_state(training).items()}
+        if training.device.type == "cuda":
+            torch.cuda.synchronize()
+        for name, tensor in self._model.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise FloatingPointError(f"{name} is nan or infinite after step {step - 1}; lower --optim.lr")
+
+    def write(self, location: str, *, on_failure: Callable[[OSError], None]) -> None:
+        """Write the copy into a folder or URI, the same for all workers: each its own rows, the first all the rest.
+
+        Storage that fails is tried again for a quarter of an hour; the next `copy` waits for it.
+
+        Args:
+            location: of the checkpoint.
+            on_failure: called each time that storage fails.
+
+        Raises:
+            OSError: it fails for longer.
+
+        """
+        started, pause = time.monotonic(), 1.0
+        try:
+            while True:
+                try:
+                    self._write(location)
+                    return
+                except OSError as error:
+                    if time.monotonic() - started > STORAGE_PATIENCE:
+                        raise
+                    on_failure(error)
+                    time.sleep(pause)
+                    pause = min(2 * pause, 60.0)
+        finally:
+            self._written.set()
+
+    def _write(self, location: str) -> None:
+        partition, config = self._training.proxies.partition, self._training.config
+        name = rows_file(partition.rank, partition.world_size)
+        write_rows(storage.join(location, name), self._rows, start=partition.start)
+        if partition.rank > 0:
+            return
+        run = {
+            "step": self._step,
+            "num_classes": partition.num_classes,
+            "world_size": partition.world_size,
+            "digest": self._digest,
+            "config": dataclasses.asdict(config),
+        }
+        contents = {
+            MODEL_FILE: weights_of(self._model),
+            DESCRIPTION_FILE: describe(config),
+            OPTIMIZER_FILE: save_safetensors(self._optimizer),
+            RUN_FILE: json.dumps(run, indent=1).encode(),
+        }
+        for name, content in contents.items():
+            storage.write_bytes(storage.join(location, name), content)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What one worker read of a checkpoint: the iteration to go on with, and the bytes."""
+
+    step: int
+    num_bytes: int
+
+
+def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
+    """Load a checkpoint saved by any number of workers; each reads the model, and of the proxies its own rows.
+
+    Args:
+        location: folder or URI.
+        training: to load into.
+        digest: of the data that it trains on.
+
+    Raises:
+        ValueError: the checkpoint belongs to other data or another number of classes, or it is damaged.
+
+    """
+    run = json.loads(storage.read_bytes(storage.join(location, RUN_FILE)))
+    partition = training.proxies.partition
+    if (run["digest"], run["num_classes"]) != (digest, partition.num_classes):
         raise ValueError(
-            f"checkpoint {directory} is of data {run['digest'][:16]} with {run['num_classes']} classes, this run "
-            f"trains on {digest[:16]} with {num_classes}; choose another --run-name"
+            f"checkpoint {location} is of data {run['digest'][:16]} with {run['num_classes']} classes, this run "
+            f"trains on {digest[:16]} with {partition.num_classes}; choose another --run-name"
         )
     step = int(run["step"])
     training.begin_phase(max(step - 1, 0))  # that of the step before, whose optimiser was saved
-    state = _state(training)
-    load_sharded(state, checkpoint_id=directory, no_dist=not dist.is_initialized())
-    training.model.load_state_dict(torch.load(directory / MODEL_FILE, map_location="cpu", weights_only=True))
+    weights = storage.read_bytes(storage.join(location, MODEL_FILE))
+    load_weights(training.model, weights, location=location)
+    content = storage.read_bytes(storage.join(location, OPTIMIZER_FILE))
+    state = load_safetensors(content)
+    num_bytes = len(weights) + len(content)
+    rows = training.proxies.overwrite()
+    for rank in range(run["world_size"]):
+        saved = Partition(partition.num_classes, rank, run["world_size"])
+        first, last = max(saved.start, partition.start), min(saved.stop, partition.stop)
+        if first >= last:
+            continue
+        with RowFile(storage.join(location, rows_file(rank, run["world_size"]))) as file:
+            for name, tensor in rows.items():
+                file.read_into(name, tensor[first - partition.start : last - partition.start], first_row=first)
+            num_bytes += file.bytes_read
+    training.proxies.resume(
+        {name.removeprefix(HISTORY): tensor for name, tensor in state.items() if name.startswith(HISTORY)}
+    )
     if training.optimizer is not None:
-        set_optimizer_state_dict(training.model, training.optimizer, state["optimizer"])
-    training.proxies.declare_loaded()  # in place, into the very memory
-    return step
+        for name, parameter in training.model.named_parameters():
+            if name in state:
+                training.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(state[name])
+    return Loaded(step, num_bytes)
 
 
-def _state(training: TrainingStep) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "proxies": {name: _as_one_matrix(rows_CD, training) for name, rows_CD in training.proxies.state().items()}
-    }
+def _optimizer_state(training: TrainingStep) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
     if training.optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(training.model, training.optimizer)
-    return state
+        for name, parameter in training.model.named_parameters():
+            momentum = training.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                state[name] = momentum
+    assert training.proxies.optimizer is not None
+    return state | {HISTORY + name: tensor for name, tensor in training.proxies.optimizer.history.items()}
 
 
-def _as_one_matrix(local_CD: Tensor, training: TrainingStep) -> Tensor:
-    """View this worker's rows as its part of the whole matrix."""
-    if training.mesh is None:
-        return local_CD
-    shape = torch.Size((training.proxies.partition.num_classes, local_CD.shape[1]))
-    whole = DTensor.from_local(local_CD, training.mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
-    assert whole.to_local().data_ptr() == local_CD.data_ptr()
-    return whole
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _like(tensor: Tensor, training: TrainingStep) -> Tensor:
+    """Return memory for a copy of rows: of the host, where they lie in a file another file."""
+    table = training.proxies.weight
+    if table.placement == "disk" and tensor.ndim == 2 and len(tensor) > 0:
+        memory = map_file(
+            tensor.nbytes,
+            directory=table.directory,
+            what="class proxies for a checkpoint",
+            remedy="set --proxies.directory to a folder on a local disk with room for them twice",
+        )
+        return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

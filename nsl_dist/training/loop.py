@@ -1,66 +1,74 @@
 """The training loop of one worker, on Ray Train."""
 
-import tempfile
+import functools
+import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch.distributed as dist
 from ray.util.queue import Queue
 
+from nsl_dist import storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import Manifest
+from nsl_dist.data.shards import DamagedShardError, Manifest, Split
 from nsl_dist.data.stream import planned_batches
 from nsl_dist.device import use_cpu_threads
+from nsl_dist.runs import LEFT_OUT_FILE, checkpoint_name, newest_checkpoint, step_of
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from nsl_dist.training.step import TrainingStep
 
 
-def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the schedule.
+AGREE_EVERY_SECONDS = 2.0  # about: how often the workers ask whether to leave, or to write a checkpoint out of turn
+
+
+def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress: Queue, orders: Queue) -> None:
+    """Train from the newest checkpoint, or from the start, to the end of the schedule.
 
     Args:
-        config: of the run, `num_workers` set.
+        config: of the run.
         manifest: of the shards.
+        run_dir: folder or URI of the run.
         progress: where rank 0 puts its records, for the driver to show and track.
+        orders: anything in it tells the workers to write a checkpoint and leave.
 
     """
+    started = time.monotonic()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         use_cpu_threads(context.get_local_world_size())
 
+    # Rank 0 looks for all, so that all begin in the same place, and starts the stream, so that it fits the step and the
+    # workers of this very attempt.
+    begin: list[Any] = [None]
     split = manifest.split("train")
-    plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
+    if rank == 0:
+        location = newest_checkpoint(run_dir)
+        first_step = step_of(location) if location is not None else 0
+        plan = plan_of(split, config, left_out=_left_out(run_dir))
+        last_step = Schedule(config.optim, plan.steps_per_epoch).num_steps
+        shards = planned_batches(
+            plan, split, config.data, first_step=first_step, last_step=last_step, world_size=world_size
+        )
+        begin = [(location, first_step, plan, list(shards))]
+    dist.broadcast_object_list(begin, src=0)
+    location, first_step, plan, shards = begin[0]
     schedule = Schedule(config.optim, plan.steps_per_epoch)
-    last_checkpoint = ray.train.get_checkpoint()
-    first_step = int(last_checkpoint.get_metadata()["step"]) if last_checkpoint is not None else 0
     if first_step == schedule.num_steps:
         return
-
-    # One plan, executed once for all: rank 0 starts it, so that it fits the step and the workers of this very attempt.
-    shards: list[Any] = [None] * world_size
-    if rank == 0:
-        shards = list(
-            planned_batches(
-                plan,
-                split,
-                config.data,
-                first_step=first_step,
-                last_step=schedule.num_steps,
-                world_size=world_size,
-            )
-        )
-    dist.broadcast_object_list(shards, src=0)
     part_size = plan.batch_size // world_size
     batches = iter(shards[rank].iter_torch_batches(batch_size=part_size, prefetch_batches=2, device=device))
     first_batch = ThreadPoolExecutor(1).submit(next, batches)
@@ -78,14 +86,18 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
         world_size=world_size,
         group=dist.group.WORLD,
     )
-    if last_checkpoint is not None:
-        with last_checkpoint.as_directory() as directory:
-            assert checkpoint.load(Path(directory), training, digest=manifest.digest) == first_step
+    num_bytes = 0
+    if location is not None:
+        loaded = checkpoint.load(location, training, digest=manifest.digest)
+        assert loaded.step == first_step, f"{location} is of step {loaded.step}, not {first_step}"
+        num_bytes = loaded.num_bytes
+    checkpoints = _Checkpoints(training, manifest, run_dir, progress)
+    agreement = _Agreement(config, orders, first_step=first_step)
 
     labels_B = plan.batch(first_step).labels
     meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
     for step in range(first_step, schedule.num_steps):
-        with meter.waiting():
+        with meter.waiting(), _naming_damaged_shards(run_dir, config.data.max_damaged_shards):
             batch = first_batch.result() if step == first_step else next(batches)
         assert len(batch["image"]) == part_size, (
             f"step {step}, rank {rank}: {len(batch['image'])} != {part_size} images"
@@ -98,35 +110,156 @@ def train_worker(config: TrainConfig, manifest: Manifest, progress: Queue) -> No
             labels_B = plan.batch(step + 1).labels
             training.proxies.prefetch(labels_B, step=step + 1)
 
+        if step == first_step and rank == 0:
+            progress.put(
+                {
+                    "step": step,
+                    "attempt": {
+                        "world_size": world_size,
+                        "checkpoint": location,
+                        "bytes_read": num_bytes,
+                        "seconds": time.monotonic() - started,
+                        "left_out": len(plan.left_out),
+                    },
+                }
+            )
         if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step:
             value = loss.item()
             if not np.isfinite(value):
-                raise RuntimeError(f"the loss is {value} at step {step}; lower --optim.lr, or look at the data")
+                raise FloatingPointError(f"the loss is {value} at step {step}; lower --optim.lr, or look at the data")
             if rank == 0:
                 lr = schedule.learning_rate(step)
                 progress.put({"step": step + 1, "loss": value, "learning_rate": lr, **meter.read(step)})
-        _checkpoint_when_due(training, manifest, step=step + 1)
+        agreed = agreement.reached(step + 1)
+        checkpoints.write_when_due(step=step + 1, out_of_turn=agreed.checkpoint)
+        if agreed.leave:
+            return
 
 
-def _checkpoint_when_due(training: "TrainingStep", manifest: Manifest, *, step: int) -> None:
-    """Write a checkpoint after `step` iterations, and have it evaluated beside the training, if it is time for that."""
-    config, num_steps, steps_per_epoch = training.config, training.schedule.num_steps, training.schedule.steps_per_epoch
-    evaluate = config.eval.every > 0 and step % (config.eval.every * steps_per_epoch) == 0 and step < num_steps
-    if not (evaluate or step % (config.checkpoint.every or steps_per_epoch) == 0 or step == num_steps):
-        return
-    from nsl_dist.training import checkpoint
-
-    directory = Path(tempfile.mkdtemp(prefix="nsl_dist_checkpoint_"))
-    checkpoint.save(directory, training, step=step, digest=manifest.digest)
-    saved = ray.train.Checkpoint.from_directory(directory)
-    saved.set_metadata({"step": step})
-    ray.train.report(
-        {"step": step},
-        checkpoint=saved,
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-        validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": step}) if evaluate else False,
+def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassBalancedPlan:
+    """Return the plan of a run; the classes of the shards `left_out` are in no batch."""
+    places = [place for place, name in enumerate(split.shard_names) if name in left_out]
+    labels = np.flatnonzero(np.isin(split.shards, places)).tolist()
+    return ClassBalancedPlan(
+        split.sizes, config.data.batch_size, config.data.images_per_class, config.seed, left_out=tuple(labels)
     )
+
+
+def _left_out(run_dir: str) -> list[str]:
+    """Return the shards that turned out damaged in the course of a run."""
+    location = storage.join(run_dir, LEFT_OUT_FILE)
+    return list(json.loads(storage.read_bytes(location))) if storage.exists(location) else []
+
+
+@contextmanager
+def _naming_damaged_shards(run_dir: str, most: int) -> Iterator[None]:
+    """Raise a damaged shard as itself; or, if it may be left out, put it on record for the next attempt."""
+    try:
+        yield
+    except Exception as error:
+        damaged = _damaged_shard(error)
+        if damaged is None:
+            raise
+        left_out = sorted({*_left_out(run_dir), damaged.shard})
+        if len(left_out) > most:
+            raise damaged from None
+        storage.write_bytes(storage.join(run_dir, LEFT_OUT_FILE), json.dumps(left_out).encode())
+        raise RuntimeError(f"starting again without the classes of damaged {damaged}") from None
+
+
+def _damaged_shard(error: BaseException | None) -> DamagedShardError | None:
+    """Find it among what Ray wrapped around it."""
+    while error is not None and not isinstance(error, DamagedShardError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    checkpoint: bool = False
+    leave: bool = False
+
+
+class _Agreement:
+    """What all workers do after the same iteration: write a checkpoint out of turn, or write one and leave."""
+
+    def __init__(self, config: TrainConfig, orders: Queue, *, first_step: int) -> None:
+        self._minutes = config.checkpoint.minutes
+        self._orders = orders
+        self._rank = ray.train.get_context().get_world_rank()
+        self._asked_at = self._written_at = time.monotonic()
+        self._asked_step, self._next_step = first_step, first_step + 1
+        self._preemption: Any = None
+
+    def reached(self, step: int) -> _Agreed:
+        """Return what to do after `step` iterations."""
+        if step < self._next_step:
+            return _Agreed()
+        preemption = ray.train.get_preemption_info()  # the same for all workers, who wait for each other here
+        noticed, self._preemption = preemption not in (None, self._preemption), preemption
+        answer = None
+        if self._rank == 0:
+            now = time.monotonic()
+            due = self._minutes is not None and now - self._written_at >= 60 * self._minutes
+            rate = (step - self._asked_step) / (now - self._asked_at)
+            next_step = step + max(1, round(rate * AGREE_EVERY_SECONDS))
+            leave = not self._orders.empty()
+            if due or noticed or leave:
+                self._written_at = now
+            self._asked_at, self._asked_step = now, step
+            answer = (_Agreed(checkpoint=due or noticed or leave, leave=leave), next_step)
+        agreed, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
+        return agreed
+
+
+class _Checkpoints:
+    """Writes checkpoints beside the training, and has some of them evaluated."""
+
+    def __init__(self, training: "TrainingStep", manifest: Manifest, run_dir: str, progress: Queue) -> None:
+        from nsl_dist.training.checkpoint import Checkpointer
+
+        self._training = training
+        self._run_dir = run_dir
+        self._progress = progress
+        self._checkpointer = Checkpointer(training, digest=manifest.digest)
+
+    def write_when_due(self, *, step: int, out_of_turn: bool) -> None:
+        """Write a checkpoint after `step` iterations if it is time for one, `out_of_turn` in any case."""
+        config, schedule = self._training.config, self._training.schedule
+        last = step == schedule.num_steps
+        evaluate = config.eval.every > 0 and step % (config.eval.every * schedule.steps_per_epoch) == 0 and not last
+        every = config.checkpoint.steps
+        if not (out_of_turn or last or evaluate or (every is not None and step % every == 0)):
+            return
+        started = time.monotonic()
+        if last:
+            self._training.proxies.complete(step=step)
+        self._checkpointer.copy(step=step)
+        context = ray.train.get_context()
+        name = checkpoint_name(step)
+        target = context.get_storage().build_checkpoint_path_from_name(name)
+        ray.train.report(
+            {"step": step},
+            checkpoint=ray.train.Checkpoint(target, filesystem=context.get_storage().storage_filesystem),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=functools.partial(
+                self._write, step=step, waited=time.monotonic() - started, rank=context.get_world_rank()
+            ),
+            validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": step}) if evaluate else False,
+        )
+
+    def _write(self, target: Any, name: str, *, step: int, waited: float, rank: int) -> Any:
+        started = time.monotonic()
+
+        def say(error: OSError) -> None:
+            self._progress.put({"step": step, "warning": f"worker {rank} cannot write {name}: {error}; trying again"})
+
+        self._checkpointer.write(storage.join(self._run_dir, name), on_failure=say)
+        if rank == 0:
+            seconds = time.monotonic() - started
+            self._progress.put({"step": step, "checkpoint": name, "seconds": seconds, "waited": waited})
+        return target
 
 
 class _Meter:

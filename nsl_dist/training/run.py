@@ -4,27 +4,40 @@ import dataclasses
 import functools
 import json
 import logging
+import signal
 import statistics
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
+from ray.train import ControllerError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import TrainConfig
+from nsl_dist.config import TrainConfig, config_from_dict, differences
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import duration
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, metrics_by_name, model_location, table
+from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, keep_best, metrics_by_name, recall_line, table
+from nsl_dist.runs import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    StoppedError,
+    TrainingError,
+    newest_checkpoint,
+    prune_checkpoints,
+    step_of,
+)
+from nsl_dist.training.relay import Relay
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -33,6 +46,9 @@ if TYPE_CHECKING:
 # CPUs beside the training workers: one to decode, and for evaluation in mid-run one to embed and one to decode for it.
 DATA_CPUS = 1
 MID_RUN_EVAL_CPUS = 2
+RESIZE_SECONDS = 30.0  # how often an elastic run looks for nodes that came
+RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
+LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -50,12 +66,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
     storage.check_writable(config.storage)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
-    cluster.connect(num_cpus=_cpus_needed(config))
+    _, most_workers = config.worker_range or (1, 1)
+    cluster.connect(num_cpus=_cpus_needed(config, most_workers))
     check = ray.remote(_check_model).remote(config)
     config = _settle(config)
     run_dir = storage.join(config.storage, "runs", str(config.run_name))
-    if storage.exists(storage.join(run_dir, "results.json")):
-        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
+    _refuse_to_change(config, run_dir)
 
     if config.data.root is None:
         print(
@@ -75,20 +91,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _announce(config, manifest, schedule, run_dir, tracked.uri)
     seconds["setup"] = time.monotonic() - started
 
-    num_gpus = config.num_workers if config.device == "cuda" and config.num_workers else 0
+    num_gpus = _worker_range(config)[0] if config.device == "cuda" else 0
     try:
         results: dict[str, Any] = {}
         if config.eval.untrained:
             results["untrained"] = evaluate(None, config, manifest, num_gpus=num_gpus)
             tracked.log(metrics_by_name(results["untrained"]), step=0)
-            print(f"untrained: {_recall_line(results['untrained'])}", flush=True)
+            print(f"untrained: {recall_line(results['untrained'])}", flush=True)
 
         started = time.monotonic()
-        weights, rates = _fit(config, manifest, tracked, run_dir, schedule)
+        rates = _fit(config, manifest, tracked, run_dir, schedule)
+        checkpoint = str(newest_checkpoint(run_dir))
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        results |= evaluate(weights, config, manifest, num_gpus=num_gpus)
+        results |= evaluate(storage.join(checkpoint, MODEL_FILE), config, manifest, num_gpus=num_gpus)
+        keep_best(checkpoint, results, run_dir)
         tracked.log(metrics_by_name(results), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
@@ -105,9 +123,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         content = json.dumps(results, indent=1)
         storage.write_bytes(storage.join(run_dir, "results.json"), content.encode())
         tracked.log_file("results.json", content)
+        prune_checkpoints(run_dir, keep=config.checkpoint.keep)
         tracked.finish(status="FINISHED")
     except BaseException as error:
-        tracked.finish(status="FAILED")
+        tracked.finish(status="KILLED" if isinstance(error, StoppedError) else "FAILED")
         if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
             raise RuntimeError(f"run {config.run_name} failed") from error
         raise
@@ -124,23 +143,50 @@ def _settle(config: TrainConfig) -> TrainConfig:
     batch_size = config.data.batch_size
     # Of the cluster's GPUs as many as share the batch evenly.
     most_workers = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0) if device == "cuda" else 1
-    num_workers = config.num_workers or most_workers
     run_name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = dataclasses.replace(config, device=device, num_workers=num_workers, run_name=run_name)
+    config = dataclasses.replace(
+        config, device=device, num_workers=config.num_workers or most_workers, run_name=run_name
+    )
 
+    fewest, _ = _worker_range(config)
     cluster.require(
-        cpus=_cpus_needed(config),
-        gpus=num_workers if device == "cuda" else 0,
-        why=f"{num_workers} training workers with {config.cpus_per_worker} CPUs each, {DATA_CPUS} to read and decode"
+        cpus=_cpus_needed(config, fewest),
+        gpus=fewest if device == "cuda" else 0,
+        why=f"{fewest} training workers with {config.cpus_per_worker} CPUs each, {DATA_CPUS} to read and decode"
         + (f", {MID_RUN_EVAL_CPUS} to evaluate in mid-run" if config.eval.every else ""),
     )
     return config
 
 
-def _cpus_needed(config: TrainConfig) -> int:
-    """Return the CPUs that a run needs: its training workers' (one worker where that is open yet) and those beside."""
-    workers = (config.num_workers or 1) * config.cpus_per_worker
-    return workers + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
+def _refuse_to_change(config: TrainConfig, run_dir: str) -> None:
+    """Refuse to go on with a run that is finished, or that was started with what would make another run of it.
+
+    Raises:
+        ValueError: with the differences.
+
+    """
+    if storage.exists(storage.join(run_dir, "results.json")):
+        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
+    location = storage.join(run_dir, CONFIG_FILE)
+    if not storage.exists(location):
+        return
+    changed = differences(config_from_dict(json.loads(storage.read_bytes(location))), config)
+    if changed:
+        raise ValueError(
+            f"run {config.run_name} was started otherwise: {'; '.join(changed)}; give the same to go on with it, or "
+            "choose another --run-name"
+        )
+
+
+def _worker_range(config: TrainConfig) -> tuple[int, int]:
+    """Return the fewest and the most training workers of a settled configuration."""
+    assert config.worker_range is not None
+    return config.worker_range
+
+
+def _cpus_needed(config: TrainConfig, num_workers: int) -> int:
+    """Return the CPUs that a run needs: its training workers' and those beside."""
+    return num_workers * config.cpus_per_worker + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -172,15 +218,17 @@ def _start_tracking(tracked: "Tracker", config: TrainConfig, manifest: Manifest,
         tracked.resume(storage.read_bytes(location).decode())
         return
     tracked.start(config, experiment=config.tracking.experiment or manifest.layout, digest=manifest.digest)
+    storage.write_bytes(storage.join(run_dir, CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
     storage.write_bytes(location, tracked.run_id.encode())
 
 
 def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str, tracking_uri: str) -> None:
     """Say what the run will do before it does it."""
-    assert config.num_workers is not None
+    fewest, most = _worker_range(config)
     query, gallery = manifest.evaluation_splits
     train, test = manifest.splits["train"], manifest.splits[query]
-    rows = Partition(train["num_classes"], 0, config.num_workers).rows_per_rank
+    rows = Partition(train["num_classes"], 0, fewest).rows_per_rank
+    checkpoint = newest_checkpoint(run_dir)
     proxies = config.proxies
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
     numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
@@ -208,33 +256,50 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         f"keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed on "
         f"{config.device if proxies.placement == 'device' else proxies.placement}",
         "batches": f"{config.data.classes_per_batch} classes x {config.data.images_per_class} images = "
-        f"{config.data.batch_size}, {config.data.batch_size // config.num_workers} on each worker",
+        f"{config.data.batch_size}, "
+        + (f"{config.data.batch_size // most} to " if most > fewest else "")
+        + f"{config.data.batch_size // fewest} on each worker",
         "schedule": f"{first_phase}{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = "
         f"{schedule.num_steps:,} in all; SGD {config.optim.lr}, {config.optim.schedule}",
         "workers": f"{config.num_workers} on {config.device}; the cluster has {resources.get('CPU', 0):g} CPUs and "
         f"{resources.get('GPU', 0):g} GPUs",
+        "checkpoint": f"every {config.checkpoint.every}{'' if config.checkpoint.minutes else ' iterations'}"
+        + (f"; goes on from {checkpoint}" if checkpoint else ""),
         "written to": run_dir,
         "MLflow": tracking_uri,
     }
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
 
 
-def _fit(
-    config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: str, schedule: Schedule
-) -> tuple[str, list[float]]:
-    """Train on Ray Train; return where the trained model's state is, and the throughputs on the way, images/s."""
-    assert config.num_workers is not None
+def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: str, schedule: Schedule) -> list[float]:
+    """Train on Ray Train to the last step; return the throughputs on the way, images/s.
+
+    Raises:
+        StoppedError: by SIGTERM or SIGINT.
+        TrainingError: what cannot be mended by starting again.
+        ray.train.TrainingFailedError: too many failures.
+
+    """
+    fewest, most = _worker_range(config)
     # On the driver's own node: the loss of another one must not take it away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    rates: list[float] = []
+    progress, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     filesystem, path = storage.resolve(storage.join(config.storage, "runs"))
     resources = {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config, "manifest": manifest, "progress": progress},
+        train_loop_config={
+            "config": config,
+            "manifest": manifest,
+            "run_dir": run_dir,
+            "progress": progress,
+            "orders": orders,
+        },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.device == "cuda", resources_per_worker=resources
+            num_workers=(fewest, most) if most > fewest else fewest,
+            use_gpu=config.device == "cuda",
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=config.run_name,
@@ -243,6 +308,7 @@ def _fit(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            callbacks=[_StopAtLastingErrors()],
         ),
         validation_config=ray.train.ValidationConfig(
             functools.partial(
@@ -251,14 +317,43 @@ def _fit(
             ray_remote_kwargs={"num_cpus": 0},
         ),
     )
-    relay = threading.Thread(target=_relay, args=(progress, tracked, schedule, rates), daemon=True)
-    relay.start()
+    _drop_damaged_record(run_dir)
+    relay = Relay(progress, tracked, schedule)
     try:
-        result = trainer.fit()
+        stopped_by = _run_until_stopped(trainer.fit, orders)
+    except ControllerError as error:
+        if isinstance(error.controller_failure, LASTING_ERRORS):
+            raise TrainingError(
+                f"run {config.run_name}: {error.controller_failure}\nThe last checkpoint is "
+                f"{newest_checkpoint(run_dir) or 'none'}"
+            ) from None
+        raise
     finally:
-        progress.put(None)
-        relay.join()
-    return model_location(result.checkpoint, run_dir), rates
+        relay.close()
+    checkpoint = newest_checkpoint(run_dir)
+    if stopped_by is not None and (checkpoint is None or step_of(checkpoint) < schedule.num_steps):
+        raise StoppedError(
+            stopped_by,
+            f"run {config.run_name} was stopped; the same command with --run-name {config.run_name} goes on from "
+            f"{checkpoint or 'the start'}",
+        )
+    return relay.rates
+
+
+def _drop_damaged_record(run_dir: str) -> None:
+    """Delete Ray Train's own record of a run's checkpoints if a crash cut it off: it would refuse to go on.
+
+    What it held, which of them to delete and which to evaluate, is not worth that.
+    """
+    location = storage.join(run_dir, RAY_TRAIN_RECORD)
+    if not storage.exists(location):
+        return
+    try:
+        json.loads(storage.read_bytes(location))
+    except ValueError:
+        print(f"{location} was cut off; it is deleted, and the newest whole checkpoint looked for", flush=True)
+        filesystem, path = storage.resolve(location)
+        filesystem.delete_file(path)
 
 
 def _train_worker(setup: dict[str, Any]) -> None:
@@ -268,32 +363,56 @@ def _train_worker(setup: dict[str, Any]) -> None:
     train_worker(**setup)
 
 
-def _relay(progress: Queue, tracked: "Tracker", schedule: Schedule, rates: list[float]) -> None:
-    """Show and track what workers and mid-run evaluations report, until a None; collect the throughputs."""
-    while (record := progress.get()) is not None:
-        step = record.pop("step")
-        if "evaluation" in record:
-            print(f"step {step:,}: {_recall_line(record['evaluation'])}", flush=True)
-            tracked.log(metrics_by_name(record["evaluation"]), step=step)
-            continue
-        left = record.pop("seconds_left", None)
-        if left is not None:  # unknown after the first step, which waits for the first batch
-            rates.append(record["images_per_second"])
-        epoch = (step - 1) // schedule.steps_per_epoch + 1
-        print(
-            f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
-            f"lr {record['learning_rate']:.2g}  {record['images_per_second']:.0f} images/s  "
-            f"data wait {record['data_wait_share']:.0%}" + (f"  {duration(left)} left" if left is not None else ""),
-            flush=True,
-        )
-        tracked.log(record, step=step)
+class _StopAtLastingErrors(ray.train.UserCallback):
+    """Ends a run, in Ray Train's controller, at errors that starting the workers again would not mend."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        for error in worker_exceptions.values():
+            cause = getattr(error, "_base_exc", error)
+            if isinstance(cause, LASTING_ERRORS):
+                raise cause
 
 
-def _recall_line(results: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{kind} recall@{'/'.join(by_k)} " + " / ".join(f"{100 * share:.1f}" for share in by_k.values())
-        for kind, by_k in results["recall"].items()
-    )
+def _run_until_stopped(work: Callable[[], Any], orders: Queue) -> int | None:
+    """Call `work` in a thread; answer SIGTERM and SIGINT by telling the workers to leave.
+
+    A second signal ends the driver at once.
+
+    Returns:
+        The signal, if there was one.
+
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may answer signals
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        ordered = False
+        while not wait([done], timeout=0.5).done:
+            if received and not ordered:
+                print(f"{signal.Signals(received[0]).name}: the workers write a checkpoint and leave", flush=True)
+                orders.put("leave")
+                ordered = True
+        done.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return received[0] if received else None
 
 
 def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str) -> None:

@@ -44,6 +44,7 @@ class TrainingStep:
     ) -> None:
         self.config = config
         self.device = device
+        self._rank = rank
         self.group = group if world_size > 1 else None
         self.schedule = Schedule(config.optim, steps_per_epoch)
         self.dtype = autocast_dtype(config.precision, device)
@@ -96,6 +97,8 @@ class TrainingStep:
         if step == self.schedule.num_new_layers_steps and step > 0:
             self.begin_phase(step)
         self.model.train()
+        # Dropout and stochastic depth draw from the global generator.
+        torch.manual_seed(int(np.random.default_rng((self.config.seed, step, self._rank, 1)).integers(2**63)))
         images_bCHW = normalise(images_bCHW).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             embeddings_bD = self._forward(images_bCHW)

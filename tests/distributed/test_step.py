@@ -10,9 +10,13 @@ import torch.distributed as dist
 
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
+from nsl_dist.data.transforms import decode, eval_transform, normalise
+from nsl_dist.embedder import load_embedder
 from nsl_dist.proxies.partition import Partition
+from nsl_dist.runs import MODEL_FILE, OPTIMIZER_FILE, newest_checkpoint, rows_file
 from nsl_dist.training import checkpoint
 from nsl_dist.training.step import TrainingStep
+from tests.conftest import encode
 from tests.distributed.workers import run
 
 CONFIG = TrainConfig(
@@ -52,11 +56,16 @@ def train(
         group=dist.group.WORLD if world_size > 1 else None,
     )
     if load is not None:
-        assert checkpoint.load(load, training, digest="d") == first_step
+        loaded = checkpoint.load(str(load), training, digest="d")
+        assert loaded.step == first_step
+        own = sum(rows_CD.nbytes for rows_CD in training.proxies.state().values())
+        whole = sum((load / name).stat().st_size for name in (MODEL_FILE, OPTIMIZER_FILE))
+        assert whole + own <= loaded.num_bytes <= whole + own + 512 * 4  # headers of four files at most
     size = 8 // world_size
     for step in range(first_step, last_step):
         training.run(images_of(step)[rank * size : (rank + 1) * size], PLAN.batch(step).labels, step=step)
-    training.proxies.complete(step=last_step)
+    if last_step == NUM_STEPS:
+        training.proxies.complete(step=last_step)
     return training
 
 
@@ -83,15 +92,39 @@ def run_and_compare(rank: int, world_size: int, expected: Path) -> None:
     compare(rank, world_size, expected, tolerance=2e-3, training=training)
 
 
+def write(training: TrainingStep, folder: Path, *, step: int, digest: str = "d") -> None:
+    def fail(error: OSError) -> None:
+        raise error
+
+    checkpointer = checkpoint.Checkpointer(training, digest=digest)
+    checkpointer.copy(step=step)
+    checkpointer.write(str(folder), on_failure=fail)
+
+
 def save(rank: int, world_size: int, folder: Path, step: int, proxies: ProxyConfig) -> None:
+    """Write a checkpoint after `step` iterations, then train to the end."""
     training = train(rank, world_size, first_step=0, last_step=step, load=None, proxies=proxies)
-    checkpoint.save(folder, training, step=step, digest="d")
+    write(training, folder, step=step)
     torch.save(state_of(training), folder / f"rank{rank}.pt")
 
 
 def load_and_compare(rank: int, world_size: int, folder: Path, expected: Path, step: int, proxies: ProxyConfig) -> None:
     training = train(rank, world_size, first_step=step, last_step=step, load=folder, proxies=proxies)
     compare(rank, world_size, expected, tolerance=0.0, training=training)
+
+
+def interrupt_and_compare(rank: int, world_size: int, folder: Path, step: int, proxies: ProxyConfig) -> None:
+    """A run that is saved and one that goes on from there end as one that was neither, to the last bit."""
+    whole = train(rank, world_size, first_step=0, last_step=NUM_STEPS, load=None, proxies=proxies)
+    torch.save(state_of(whole), folder / f"whole{rank}.pt")
+    save(rank, world_size, folder, step, proxies)
+    if world_size > 1:
+        dist.barrier()
+    ours = state_of(train(rank, world_size, first_step=step, last_step=NUM_STEPS, load=folder, proxies=proxies))
+    expected = torch.load(folder / f"whole{rank}.pt")
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        assert torch.equal(ours[name], expected[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +154,66 @@ def test_training_learns() -> None:
     ],
 )
 def test_checkpoints_reshard(tmp_path: Path, step: int, proxies: ProxyConfig) -> None:
-    """Saved by 4 workers (3, 3, 3 and 2 classes), loaded bit-exact by 1 and by 2 (6 and 5); 4 ends the warm-up."""
+    """Saved by 4 workers (3, 3, 3 and 2 classes), loaded bit-exact by 1, 2, 3 and 5 (the last has none)."""
     run(save, 4, tmp_path, step, proxies)
     parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(4)]
     rows = [name for name in parts[0] if name.startswith("proxies.")]
     whole = parts[0] | {name: torch.cat([part[name] for part in parts]) for name in rows}
     torch.save(whole, tmp_path / "whole.pt")
     load_and_compare(0, 1, tmp_path, tmp_path / "whole.pt", step, proxies)
-    run(load_and_compare, 2, tmp_path, tmp_path / "whole.pt", step, proxies)
+    for world_size in (2, 3, 5):
+        run(load_and_compare, world_size, tmp_path, tmp_path / "whole.pt", step, proxies)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("step", "proxies"),
+    [
+        (2, ProxyConfig()),  # in the warm-up, which ends with step 4
+        (4, ProxyConfig(sample_rate=0.2)),
+        (7, ProxyConfig(sample_rate=0.2)),
+        (7, ProxyConfig(sample_rate=0.2, optimizer="adagrad", dtype="bfloat16", placement="disk")),
+    ],
+)
+def test_going_on_from_a_checkpoint_is_exact(tmp_path: Path, world_size: int, proxies: ProxyConfig, step: int) -> None:
+    if world_size == 1:
+        interrupt_and_compare(0, 1, tmp_path, step, proxies)
+    else:
+        run(interrupt_and_compare, world_size, tmp_path, step, proxies)
+
+
+def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    write(train(0, 1, first_step=0, last_step=1, load=None), tmp_path / "checkpoint_000000001", step=1)
+    write(train(0, 1, first_step=0, last_step=2, load=None), tmp_path / "checkpoint_000000002", step=2)
+    newest = tmp_path / "checkpoint_000000002"
+    assert newest_checkpoint(str(tmp_path)) == str(newest)
+    rows = newest / rows_file(0, 1)
+    rows.write_bytes(rows.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="it was cut off"):
+        train(0, 1, first_step=2, last_step=2, load=newest)
+    rows.unlink()
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_000000001")
+
+
+def test_a_model_alone_embeds_images(tmp_path: Path) -> None:
+    training = train(0, 1, first_step=0, last_step=3, load=None)
+    write(training, tmp_path, step=3)
+    pixels = images_of(0)[:3].permute(0, 2, 3, 1).numpy()
+    encoded = [encode(each, "PNG") for each in pixels]
+    embedder = load_embedder(str(tmp_path))
+    ours = embedder(encoded, batch_size=2)
+    data = training.config.data
+    cropped = torch.stack([eval_transform(decode(each), data) for each in encoded])
+    with torch.inference_mode():
+        expected = training.model.eval()(normalise(cropped)).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="bytes: "):
+        embedder([b"no image"])
 
 
 def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     training = train(0, 1, first_step=0, last_step=0, load=None)
-    checkpoint.save(tmp_path, training, step=0, digest="other")
+    write(training, tmp_path, step=0, digest="other")
     with pytest.raises(ValueError, match="is of data other with 11 classes, this run trains on d with 11"):
         train(0, 1, first_step=0, last_step=0, load=tmp_path)
 
@@ -144,7 +224,7 @@ def test_warm_up_moves_the_new_layers_only() -> None:
     }
     warm = state_of(train(0, 1, first_step=0, last_step=PLAN.steps_per_epoch, load=None))
     changed = {name for name in start if not torch.equal(start[name], warm[name])}
-    assert changed == {"linear.weight", "proxies.weight", "proxies.velocity"}
+    assert changed == {"linear.weight", "proxies.weight", "proxies.velocity", "proxies.step"}
 
 
 def test_without_a_linear_layer_the_warm_up_moves_the_proxies_only(monkeypatch: pytest.MonkeyPatch) -> None:

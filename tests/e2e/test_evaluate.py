@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, config_from_dict
 from nsl_dist.data.shards import load_manifest
 from nsl_dist.retrieval.embed import embed
 from nsl_dist.retrieval.evaluation import find_checkpoint, run
+from nsl_dist.runs import MODEL_FILE
 from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -103,7 +105,7 @@ def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path
 
 def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, root: Path, storage: Path, tmp_path: Path) -> None:
     settings = config_from_dict(json.loads((Path(config.checkpoint) / "run.json").read_text())["config"])
-    weights = (Path(config.checkpoint) / "model.pt").read_bytes()
+    weights = (Path(config.checkpoint) / MODEL_FILE).read_bytes()
     (shards,) = (each.parent for each in (storage / "shards").glob("*/manifest.json") if "cars196" in each.read_text())
     manifest, out = load_manifest(str(shards)), tmp_path / "embeddings"
     first = embed(weights, settings, manifest, out=str(out), num_gpus=0)["test"]
@@ -127,16 +129,16 @@ def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, root: Path, st
             "nan",
             r"embeddings that are zero or not finite, the first for image \d+ of class \d+ of the test split",
         ),
-        ("dim", r"model.pt is no resnet18 of 16 dimensions, as run.json beside it says"),
+        ("dim", r"embedder.safetensors: the weights are not of the model beside them: .*size mismatch"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(
     damage: str, message: str, config: EvaluateConfig, root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(config.checkpoint, tmp_path / "bad")
-    state = torch.load(tmp_path / "bad" / "model.pt", weights_only=True)
+    state = load_file(tmp_path / "bad" / MODEL_FILE)
     state["linear.weight"] = state["linear.weight"] * torch.nan if damage == "nan" else torch.ones(8, 512)
-    torch.save(state, tmp_path / "bad" / "model.pt")
+    save_file(state, tmp_path / "bad" / MODEL_FILE)
     bad = dataclasses.replace(config, checkpoint=str(tmp_path / "bad"), data=EvaluateDataConfig(root=str(root)))
     with pytest.raises(ValueError, match=message):
         run(bad)

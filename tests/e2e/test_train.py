@@ -14,9 +14,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import ray
-import torch
 
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
+from nsl_dist.embedder import load_embedder
 from nsl_dist.training.run import train
 from tests.conftest import job, write_sop
 
@@ -147,8 +147,11 @@ def test_checkpoint(finished: tuple[Path, str]) -> None:
     (directory,) = (storage / "runs" / "first").glob("checkpoint_*/")
     run = json.loads((directory / "run.json").read_text())
     assert (run["step"], run["num_classes"], run["config"]["seed"]) == (14, 20, 0)
-    model = torch.load(directory / "model.pt", weights_only=True)
-    assert model["linear.weight"].shape == (16, 512)
+    assert load_embedder(str(directory)).dim == 16
+    best = storage / "runs" / "first" / "best"
+    assert (best / "embedder.safetensors").exists()
+    results = json.loads((storage / "runs" / "first" / "results.json").read_text())
+    assert json.loads((best / "score.json").read_text()) >= results["recall"]["float"]["1"]
 
 
 @pytest.mark.usefixtures("cluster")

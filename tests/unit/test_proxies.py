@@ -371,13 +371,13 @@ def test_rowwise_adagrad() -> None:
 
 
 def train(
-    matrix: ProxyMatrix, *, steps: int, first: int = 0, lr: float = 0.05, batch: int = 16
+    matrix: ProxyMatrix, *, steps: int, first: int = 0, stop: int | None = None, lr: float = 0.05, batch: int = 16
 ) -> dict[str, torch.Tensor]:
-    """Move the proxies by real losses on noisy embeddings of their classes; return the complete state."""
+    """Move the proxies by real losses on noisy embeddings of their classes; return the state, complete at the end."""
     rng = np.random.default_rng(5)
     num_classes, dim = matrix.weight.values.shape
     centres = rng.normal(size=(num_classes, dim))
-    for step in range(steps):
+    for step in range(stop or steps):
         labels = np.random.default_rng((6, step)).integers(0, num_classes, batch)
         embeddings = torch.from_numpy(centres[labels] + 0.5 * rng.normal(size=(batch, dim))).float()
         if step < first:
@@ -387,7 +387,8 @@ def train(
         matrix.loss(embeddings, labels, step=step, lr=lr * warm).backward()
         if matrix._background is not None:
             matrix.prefetch(np.random.default_rng((6, step + 1)).integers(0, num_classes, batch), step=step + 1)
-    return {name: table.cpu().clone() for name, table in matrix.complete(step=steps).items()}
+    state = matrix.complete(step=steps) if stop is None else matrix.state()
+    return {name: table.cpu().clone() for name, table in state.items()}
 
 
 def test_stochastic_rounding_is_unbiased() -> None:
@@ -456,16 +457,18 @@ def test_host_rows_travel_and_come_ahead(options: dict[str, Any], monkeypatch: p
     "options", [{}, {"optimizer": "adagrad"}, {"dtype": "bfloat16"}, {"sample_rate": 1.0}, {"placement": "disk"}]
 )
 def test_going_on_from_a_saved_state(options: dict[str, Any], tmp_path: Path) -> None:
-    """The same to the last bit as a run that was never interrupted but saved at the same step."""
+    """The same to the last bit as a run that was neither saved nor interrupted."""
     options = {"num_sampled": None if "sample_rate" in options else 30, "directory": str(tmp_path), **options}
     whole, saved, resumed = (matrix_of(100, 8, decay=1e-3, **options) for _ in range(3))
-    state = train(saved, steps=15)
-    train(whole, steps=15)
-    for name, table in resumed.state().items():
+    expected = train(whole, steps=30)
+    state = train(saved, steps=30, stop=15)
+    for name, table in resumed.overwrite().items():
         table.copy_(state[name])
-    resumed.declare_loaded()
-    expected, ours = (train(matrix, first=15, steps=30) for matrix in (whole, resumed))
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert saved.optimizer is not None
+    resumed.resume(saved.optimizer.history)
+    for matrix in (saved, resumed):
+        ours = train(matrix, first=15, steps=30)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert not torch.equal(expected["weight"], state["weight"])
 
 

@@ -1,0 +1,123 @@
+"""The embedding model alone, as a checkpoint keeps it: safetensors and a JSON that rebuilds it. Needs no Ray."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from nsl_dist import storage
+from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
+from nsl_dist.data.transforms import decode, eval_transform, normalise
+from nsl_dist.model import EmbeddingModel, build_model
+from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+
+FORMAT_VERSION = 1
+
+
+class Embedder:
+    """Images to unit vectors.
+
+    Attributes:
+        model: in evaluation mode.
+        image_size: edge of the square crop that the model sees, pixels.
+        dim: of an embedding.
+
+    """
+
+    def __init__(self, model: EmbeddingModel, data: DataConfig, dim: int, device: torch.device) -> None:
+        self.model = model.eval().to(device)
+        self.image_size = data.image_size
+        self.dim = dim
+        self._data = data
+        self._device = device
+
+    def __call__(self, images: Iterable[str | Path | bytes], *, batch_size: int = 64) -> NDArray[np.float32]:
+        """Embed images: files, or encoded images as bytes.
+
+        Args:
+            images: any format that Pillow reads.
+            batch_size: images at a time.
+
+        Returns:
+            Unit vectors `[len(images), dim]`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: an image cannot be decoded.
+
+        """
+        images = list(images)
+        parts = [self._embed(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+        return np.concatenate([np.empty((0, self.dim), dtype=np.float32), *parts])
+
+    def _embed(self, images: Sequence[str | Path | bytes]) -> NDArray[np.float32]:
+        pixels_BCHW = torch.stack([eval_transform(_decode(image), self._data) for image in images])
+        with torch.inference_mode():
+            embeddings_BD: NDArray[np.float32] = self.model(normalise(pixels_BCHW.to(self._device))).cpu().numpy()
+        return embeddings_BD
+
+
+def load_embedder(location: str, *, device: str | torch.device = "cpu") -> Embedder:
+    """Load the model of a checkpoint.
+
+    Args:
+        location: folder or URI of a checkpoint, or of a run's `best`.
+        device: to embed on.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it was damaged or written by another release.
+
+    """
+    where = storage.join(location, DESCRIPTION_FILE)
+    description = json.loads(storage.read_bytes(where))
+    if description.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{where} has version {description.get('version')}, this release reads {FORMAT_VERSION}")
+    config = ModelConfig(**description["model"])
+    data = DataConfig(image_size=description["image_size"], crop_ratio=description["crop_ratio"])
+    model = build_model(config, seed=0, pretrained=False)
+    load_weights(model, storage.read_bytes(storage.join(location, MODEL_FILE)), location=location)
+    return Embedder(model, data, config.dim, torch.device(device))
+
+
+def describe(config: TrainConfig) -> bytes:
+    """Return the JSON that rebuilds the model of a run."""
+    description: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "model": dataclasses.asdict(config.model),
+        "image_size": config.data.image_size,
+        "crop_ratio": config.data.crop_ratio,
+    }
+    return json.dumps(description, indent=1).encode()
+
+
+def weights_of(state: dict[str, torch.Tensor]) -> bytes:
+    """Return a model's state as `MODEL_FILE` holds it."""
+    return bytes(save({name: tensor.contiguous() for name, tensor in state.items()}))
+
+
+def load_weights(model: EmbeddingModel, content: bytes, *, location: str) -> None:
+    """Load what `weights_of` returned into a model.
+
+    Raises:
+        ValueError: the content is damaged or of another model; names `location`.
+
+    """
+    try:
+        model.load_state_dict(load(content))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{location}: the weights are not of the model beside them: {error}; copy it again") from error
+
+
+def _decode(image: str | Path | bytes) -> torch.Tensor:
+    try:
+        return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{'bytes' if isinstance(image, bytes) else image}: {error}") from error

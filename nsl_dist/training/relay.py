@@ -1,0 +1,99 @@
+"""What workers and mid-run evaluations report, shown as plain lines and tracked in MLflow."""
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from ray.util.queue import Queue
+
+from nsl_dist.progress import duration
+from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
+from nsl_dist.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from nsl_dist.tracking import Tracker
+
+
+class Relay:
+    """Takes records from a queue in a thread of its own until it is closed.
+
+    Steps that are done again after a failure are shown but not tracked again.
+
+    Attributes:
+        rates: throughputs so far, images/s.
+
+    """
+
+    def __init__(self, records: Queue, tracked: "Tracker", schedule: Schedule) -> None:
+        self.rates: list[float] = []
+        self._records = records
+        self._tracked = tracked
+        self._schedule = schedule
+        self._tracked_step = tracked.last_step("loss")
+        self._shown_step = 0
+        self._seen_at = time.monotonic()
+        self._num_attempts = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Relay what is left."""
+        self._records.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (record := self._records.get()) is not None:
+            step = record.pop("step")
+            if "evaluation" in record:
+                print(f"step {step:,}: {recall_line(record['evaluation'])}", flush=True)
+                self._tracked.log(metrics_by_name(record["evaluation"]), step=step)
+            elif "attempt" in record:
+                self._show_attempt(record["attempt"], step)
+            elif "warning" in record:
+                print(f"step {step:,}: {record['warning']}", flush=True)
+            elif "checkpoint" in record:
+                print(
+                    f"step {step:,}: {record['checkpoint']} written in {record['seconds']:.1f} s, for which training "
+                    f"waited {record['waited']:.2f} s",
+                    flush=True,
+                )
+                self._tracked.log({"checkpoint_wait_seconds": record["waited"]}, step=step)
+            else:
+                self._show_step(record, step)
+
+    def _show_attempt(self, attempt: dict[str, Any], step: int) -> None:
+        """Say where and how training begins, or goes on after a failure."""
+        self._num_attempts += 1
+        where = f"on {attempt['world_size']} workers"
+        if attempt["checkpoint"] is not None:
+            name, mib = attempt["checkpoint"].rpartition("/")[2], attempt["bytes_read"] / 2**20
+            where += f" from {name}, of which the first worker read {mib:,.1f} MiB"
+        if attempt["left_out"]:
+            where += f", without {attempt['left_out']:,} classes of damaged shards"
+        if self._num_attempts == 1:
+            print(f"step {step + 1:,}: training {where}", flush=True)
+        else:
+            again = max(0, self._shown_step - step)
+            silence = duration(time.monotonic() - self._seen_at)
+            print(
+                f"step {step + 1:,}: training goes on {where}, {silence} after the last sign of the workers before; "
+                f"{again} steps or more are done again",
+                flush=True,
+            )
+
+    def _show_step(self, record: dict[str, float], step: int) -> None:
+        schedule = self._schedule
+        left = record.pop("seconds_left", None)
+        if left is not None:  # unknown after the first step, which waits for the first batch
+            self.rates.append(record["images_per_second"])
+        epoch = (step - 1) // schedule.steps_per_epoch + 1
+        print(
+            f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
+            f"lr {record['learning_rate']:.2g}  {record['images_per_second']:.0f} images/s  "
+            f"data wait {record['data_wait_share']:.0%}" + (f"  {duration(left)} left" if left is not None else ""),
+            flush=True,
+        )
+        self._shown_step, self._seen_at = step, time.monotonic()
+        if step > self._tracked_step:
+            self._tracked.log(record, step=step)
+            self._tracked_step = step

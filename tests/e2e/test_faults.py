@@ -1,0 +1,233 @@
+"""Workers, nodes, the driver and the head are really killed, storage and MLflow really go away: nothing is lost."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+
+from jobs.chaos import Driver, Nodes, compare
+from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig, config_from_dict
+from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
+from nsl_dist.data.shards import DamagedShardError, _open_shard, load_manifest, open_data
+from nsl_dist.data.stream import fetch
+from nsl_dist.data.transforms import augment
+from nsl_dist.runs import checkpoint_name, newest_checkpoint
+from nsl_dist.tracking import Tracker
+from nsl_dist.training.checkpoint import Checkpointer
+from nsl_dist.training.run import _refuse_to_change, train
+from nsl_dist.training.step import TrainingStep
+from tests.conftest import write_sop
+from tests.distributed.test_step import write
+from tests.distributed.workers import run
+
+SIZES = {"train": [7] * 20, "test": [4] * 5}  # 140 images of 20 classes
+
+
+def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
+    """Train a run of `run_dir` in a plain loop over its plan, without Ray, to its end."""
+    config = config_from_dict(json.loads((Path(run_dir) / "config.json").read_text()))
+    manifest = load_manifest(shards)
+    split = manifest.split("train")
+    plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
+    training = TrainingStep(
+        config,
+        num_classes=split.num_classes,
+        steps_per_epoch=plan.steps_per_epoch,
+        device=torch.device("cpu"),
+        rank=rank,
+        world_size=world_size,
+        group=dist.group.WORLD,
+    )
+    size = plan.batch_size // world_size
+    positions = range(rank * size, (rank + 1) * size)
+    for step in range(training.schedule.num_steps):
+        resized = fetch(plan.part(step, rank=rank, world_size=world_size), split, config.data)
+        images = augment(resized, positions, config.data, seed=config.seed, step=step)
+        training.run(images, plan.batch(step).labels, step=step)
+    training.proxies.complete(step=step + 1)
+    write(training, Path(run_dir).with_name("undisturbed") / checkpoint_name(step + 1), step=step + 1)
+
+
+def test_kills_leave_no_trace(tmp_path: Path) -> None:
+    """A worker, a node and the head are killed, the driver is told to stop: the run ends as if nothing had been."""
+    ray.shutdown()  # that of other tests
+    root = write_sop(tmp_path / "raw", SIZES)
+    arguments = [
+        f"--data.root={root}", f"--storage={tmp_path}", "--run-name=disturbed", "--num-workers=2", "--max-failures=-1",
+        "--checkpoint.every=20", "--tracking.every=5", "--optim.epochs=24", "--data.batch-size=12",
+        "--data.images-per-class=2", "--data.image-size=32", "--model.dim=16", "--proxies.sample-rate=0.5",
+        "--eval.no-nmi",
+    ]  # fmt: skip
+    nodes = Nodes(2)
+    try:
+        driver = Driver(arguments, address=nodes.address, log=tmp_path / "log")
+        driver.wait_for_step(40)
+        assert nodes.kill_worker(random.Random(0))
+        driver.wait_for_attempt(2)
+        driver.wait_for_step(90)
+        nodes.kill_node(0)
+        nodes.add()
+        driver.wait_for_attempt(3)
+        driver.wait_for_step(140)
+        driver.process.terminate()
+        assert driver.process.wait(120) == 143, driver.output
+        stopped_at = driver.step
+        nodes.kill_all()
+        nodes.start()
+        driver.start(nodes.address)
+        assert driver.process.wait(300) == 0, driver.output
+    finally:
+        nodes.kill_all()
+
+    first, after_worker, after_node, after_stop = driver.attempts
+    assert first == 1
+    assert after_worker > 20
+    assert after_node > after_worker
+    assert after_stop >= stopped_at  # it had left with a checkpoint
+    assert "SIGTERM: the workers write a checkpoint and leave" in driver.output
+    (shards,) = (tmp_path / "shards").iterdir()
+    run(undisturbed, 2, str(shards), str(tmp_path / "runs" / "disturbed"))
+    assert compare(str(tmp_path / "runs" / "disturbed"), str(tmp_path / "runs" / "undisturbed")) == 0
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    steps = [metric.step for metric in client.get_metric_history(tracked.info.run_id, "loss")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 24 * 11
+    results = json.loads((tmp_path / "runs" / "disturbed" / "results.json").read_text())
+    assert results["num_queries"] == 20
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("fault", ["nan", "damaged"])
+def test_lasting_errors_end_the_run_at_once(fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither is tried again; the message names step and worker, or the shard."""
+    root = write_sop(tmp_path / "raw", SIZES)
+    config = TrainConfig(
+        storage=str(tmp_path),
+        run_name=fault,
+        data=DataConfig(root=str(root), batch_size=10, images_per_class=2, image_size=32),
+        model=ModelConfig(dim=16),
+        optim=OptimConfig(epochs=8, lr=1e18 if fault == "nan" else 0.01, warmup_steps=0),
+    )
+    if fault == "damaged":
+        manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
+        shard = manifest.split("train").shard_names[0]
+        path = Path(manifest.root) / shard
+        path.write_bytes(b"\0" * path.stat().st_size)  # of the right size, so that only reading it tells
+    message = r"embeddings are nan or infinite: \d+ of the 10 of worker 0" if fault == "nan" else f"shard .*{shard}"
+    with pytest.raises(RuntimeError, match=message):
+        train(config)
+    assert "training goes on" not in capfd.readouterr().out
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path, cluster: None) -> None:
+    root = write_sop(tmp_path / "raw", SIZES)
+    manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
+    split = manifest.split("train")
+    path = Path(manifest.root) / split.shard_names[0]
+    content = bytearray(path.read_bytes())
+    label = int(np.flatnonzero(split.shards == 0)[0])
+    image = split.read_bag(label, ["image"])["image"][0].as_py()
+    place = content.index(image)
+    content[place : place + 40] = b"\0" * 40
+    path.write_bytes(content)
+    part = PlannedBatch(labels=np.array([label]), indices=np.array([0]))
+    with pytest.raises(DamagedShardError, match=f"{split.shard_names[0]}: image 0 of class {label}: .*max-damaged"):
+        fetch(part, split, DataConfig())
+    path.unlink()
+    _open_shard.cache_clear()
+    with pytest.raises(DamagedShardError, match=f"{split.shard_names[0]}: .*No such file"):
+        fetch(part, split, DataConfig())
+
+
+def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(run_name="x", num_workers=1, optim=OptimConfig(lr=0.01))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    free = dataclasses.replace(config, num_workers=2, device="cpu", max_failures=7)
+    _refuse_to_change(free, str(tmp_path))
+    changed = dataclasses.replace(config, optim=OptimConfig(lr=0.02), proxies=ProxyConfig(sample_rate=0.1))
+    with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; give the same"):
+        _refuse_to_change(changed, str(tmp_path))
+
+
+def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
+    """A folder that cannot be made, until it can: the checkpoint is written, the one before is still there."""
+    training = TrainingStep(
+        TrainConfig(data=DataConfig(image_size=32)), num_classes=7, steps_per_epoch=3, device=torch.device("cpu")
+    )
+    write(training, tmp_path / "runs" / checkpoint_name(1), step=1)
+    blocked = tmp_path / "runs" / checkpoint_name(2)
+    blocked.write_text("in the way")
+    failures: list[OSError] = []
+    checkpointer = Checkpointer(training, digest="d")
+    checkpointer.copy(step=2)
+    writing = threading.Thread(target=checkpointer.write, args=(str(blocked),), kwargs={"on_failure": failures.append})
+    writing.start()
+    while not failures:
+        time.sleep(0.05)
+    blocked.unlink()
+    writing.join(30)
+    assert not writing.is_alive()
+    assert newest_checkpoint(str(tmp_path / "runs")) == str(blocked)
+
+
+def test_mlflow_that_is_away_for_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is logged while the server is down is there once it is up again."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def serve() -> "subprocess.Popen[bytes]":
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "art"),
+        ]  # fmt: skip
+        with (tmp_path / "server.log").open("a") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ}, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while True:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    return server
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+            time.sleep(0.2)
+
+    def stop(server: "subprocess.Popen[bytes]") -> None:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+    server = serve()
+    try:
+        tracker = Tracker(f"http://127.0.0.1:{port}", storage_root=str(tmp_path))
+        tracker.start(TrainConfig(run_name="away"), experiment="away", digest="d")
+        tracker.log({"loss": 3.0}, step=1)
+        stop(server)
+        for step in (2, 3, 4):
+            tracker.log({"loss": float(step)}, step=step)
+        server = serve()
+        tracker.log({"loss": 5.0}, step=5)
+        tracker.finish(status="FINISHED")
+        history = mlflow.MlflowClient(f"http://127.0.0.1:{port}").get_metric_history(tracker.run_id, "loss")
+        assert [metric.step for metric in history] == [1, 2, 3, 4, 5]
+        assert tracker.last_step("loss") == 5
+    finally:
+        stop(server)
+    said = capsys.readouterr().out
+    assert said.count("does not answer") == 1
+    assert "answers again and has all records" in said
