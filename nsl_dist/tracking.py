@@ -68,7 +68,7 @@ class Tracker:
             self._client.get_run(run_id)
         except mlflow.exceptions.MlflowException as error:
             raise ValueError(
-                f"{self.uri} has no MLflow run {run_id} ({error}); give the tracking URI that it was tracked with"
+                f"{self.uri} has no MLflow run {run_id} ({error}); give the --storage or --tracking-uri of its training"
             ) from error
         self.run_id = run_id
 

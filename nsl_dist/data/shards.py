@@ -11,7 +11,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -239,7 +239,14 @@ def layout_of(root: str, layout: Layout | None) -> Layout:
     return prepared
 
 
-def open_data(root: str | None, *, layout: Layout | None, storage_root: str, max_undecodable: float) -> Manifest:
+def open_data(
+    root: str | None,
+    *,
+    layout: Layout | None,
+    storage_root: str,
+    max_undecodable: float,
+    check_digest: Callable[[str], None] | None = None,
+) -> Manifest:
     """Open shards, or prepare a raw folder into `storage_root/shards/DIGEST` unless that was done before.
 
     Args:
@@ -247,6 +254,7 @@ def open_data(root: str | None, *, layout: Layout | None, storage_root: str, max
         layout: of the data set; None: recognised by its files.
         storage_root: folder or URI.
         max_undecodable: share of the images above which preparation stops.
+        check_digest: called with the data's digest before anything is prepared, to raise what is wrong with it.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -257,9 +265,14 @@ def open_data(root: str | None, *, layout: Layout | None, storage_root: str, max
     layout = layout_of(root, layout)
     if is_prepared(root):
         manifest = load_manifest(root)
+        if check_digest is not None:
+            check_digest(manifest.digest)
     else:
         records = read_records(root, layout=layout)
-        out = storage.join(storage_root, "shards", records_digest(records, layout=layout)[:16])
+        digest = records_digest(records, layout=layout)
+        if check_digest is not None:
+            check_digest(digest)
+        out = storage.join(storage_root, "shards", digest[:16])
         if not is_prepared(out):
             print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
         manifest = prepare(records, root=root, layout=layout, out=out, max_undecodable=max_undecodable)

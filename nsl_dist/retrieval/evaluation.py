@@ -18,7 +18,7 @@ from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes, Judge, Ranks, bootstrap_intervals, join, recall_at_k
-from nsl_dist.retrieval.search import Gallery, Kind, open_gallery, search
+from nsl_dist.retrieval.search import Gallery, Kind, check_index, open_gallery, search
 from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE, RUN_FILE, newest_checkpoint
 
 # What each data set is reported with (paper, section 4.1).
@@ -50,6 +50,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
         ValueError: the model's embeddings have no direction, or the approximate index cannot be built.
 
     """
+    check_index(config.eval, config.model.dim)
     content = storage.read_bytes(weights) if weights is not None else None
     key = embeddings_key(content, config, manifest, num_gpus=num_gpus)
     started = time.monotonic()
@@ -76,6 +77,12 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
         return np.concatenate(list(search(queries, opened, "float", _neighbours, k=k, blocks=blocks)))
 
     blocks = _sample(queries.num_vectors)
+    if config.eval.index is not None:  # first, since it may turn out that it cannot be built
+        started = time.monotonic()
+        with open_gallery(gallery, ("float",), config.eval, k=k, num_gpus=0, exact=False) as opened:
+            seconds["index"] = time.monotonic() - started
+            found = sampled(opened)
+            judged(opened, "float")
     with open_gallery(gallery, KINDS, config.eval, k=k, num_gpus=num_gpus) as opened:
         for kind in KINDS:
             if kind == "float" and config.eval.index is not None:
@@ -87,16 +94,12 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
                 results.setdefault("nmi", {})[kind] = cluster_nmi(opened, kind, judge.classes.gallery)
                 seconds[f"nmi_{kind}"] = time.monotonic() - started
     if config.eval.index is not None:
-        started = time.monotonic()
-        with open_gallery(gallery, ("float",), config.eval, k=k, num_gpus=0, exact=False) as opened:
-            seconds["index"] = time.monotonic() - started
-            results["index"] = {
-                "factory": config.eval.index,
-                "parameters": config.eval.index_parameters,
-                "sampled_queries": len(exact),
-                "recall_of_exact": _overlap(sampled(opened), exact, recall_at, k),
-            }
-            judged(opened, "float")
+        results["index"] = {
+            "factory": config.eval.index,
+            "parameters": config.eval.index_parameters,
+            "sampled_queries": len(exact),
+            "recall_of_exact": _overlap(found, exact, recall_at, k),
+        }
     # K beyond the gallery asks for all of it.
     results["recall"] = {
         kind: {str(at): recall_at_k(ranks[kind].first_match, min(at, k)) for at in recall_at} for kind in KINDS
@@ -199,9 +202,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             )  # fmt: skip
             if kind == "float" and "index" in result:
                 index = result["index"]
+                described = " ".join(filter(None, (index["factory"], index["parameters"])))
                 shares = [f"{k}: {100 * share:.1f}" for k, share in index["recall_of_exact"].items()]
                 lines.append(
-                    f"{'':20} index {index['factory']} {index['parameters'] or ''}: of the exact K nearest it finds, "
+                    f"{'':20} index {described}: of the exact K nearest it finds, "
                     f"in %, K = {', '.join(shares)} ({index['sampled_queries']:,} queries)"
                 )
             for metric, (low, high) in result.get("intervals", {}).get(kind, {}).items():
@@ -289,7 +293,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "checkpoint": f"{checkpoint}, after {trained['step']:,} iterations",
         "model": f"{settings.model.backbone}, {settings.model.dim} dimensions, {settings.data.image_size} pixels",
         "data": f"{manifest.root} (digest {manifest.digest[:16]}, layout {manifest.layout})",
-        "search": f"{images} query {searched}; {config.eval.index or 'exact'}, {config.eval.memory_budget:g} GiB",
+        "search": f"{images} query {searched}; {config.eval.index or 'exact'}, "
+        f"{config.eval.num_shards or 'a shard for each ' + ('GPU' if num_gpus else 'node')}"
+        f"{' shards' if config.eval.num_shards else ''}, {config.eval.memory_budget:g} GiB",
         "cluster": f"{ray.cluster_resources().get('CPU', 0):g} CPUs and {num_gpus} GPUs",
         "MLflow": f"run {config.run_id} of {tracker.uri}" if tracker else "left alone; --run-id adds to a run",
     }
@@ -308,7 +314,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     location = storage.join(config.storage, "evaluations", name, "results.json")
     storage.write_bytes(location, content.encode())
     if tracker is not None:
-        tracker.log(metrics_by_name(results), step=trained["step"])
+        # What was measured otherwise than by the training stands beside its metrics, not in their place.
+        other = ("_unrelated" if manifest.digest != trained["digest"] else "") + ("_index" if config.eval.index else "")
+        tracker.log({name + other: value for name, value in metrics_by_name(results).items()}, step=trained["step"])
         tracker.log_file(f"evaluations/{name}.json", content)
     print(f"\n{table({'': results})}\n{duration(time.monotonic() - started)} in all\nresults: {location}", flush=True)
     return results
@@ -335,19 +343,23 @@ def find_checkpoint(location: str) -> str:
 
 def _open_test_data(config: EvaluateConfig, settings: TrainConfig, digest: str) -> Manifest:
     """Open the data to evaluate on; refuse other data than that of the training unless it was asked for."""
-    manifest = open_data(
-        config.data.root or settings.data.root,
+    root = config.data.root or settings.data.root
+
+    def check(found: str) -> None:
+        if found != digest and not config.data.unrelated:
+            raise ValueError(
+                f"the checkpoint was trained on data of digest {digest[:16]}, {root or 'the synthetic products'} has "
+                f"{found[:16]}: its test classes may have been trained on; give the data of the training as "
+                "--data.root, or --data.unrelated to evaluate on another data set"
+            )
+
+    return open_data(
+        root,
         layout=config.data.layout,
         storage_root=config.storage,
         max_undecodable=config.data.max_undecodable,
+        check_digest=check,
     )
-    if manifest.digest != digest and not config.data.unrelated:
-        raise ValueError(
-            f"the checkpoint was trained on data of digest {digest[:16]}, {manifest.root} has {manifest.digest[:16]}: "
-            "its test classes may have been trained on; give the data of the training as --data.root, or "
-            "--data.unrelated to evaluate on another data set"
-        )
-    return manifest
 
 
 def _check_weights(weights: str, config: TrainConfig) -> None:

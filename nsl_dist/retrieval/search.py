@@ -300,23 +300,36 @@ def _as_floats(vectors: NDArray[Any]) -> NDArray[np.float32]:
     return vectors
 
 
+def check_index(config: EvalConfig, dim: int) -> None:
+    """Refuse an approximate index that faiss does not know, before anything is done for it.
+
+    Raises:
+        ValueError: with faiss's reason.
+
+    """
+    if config.index is not None:
+        _build_index(np.empty((0, dim), dtype=np.float32), config.index, config.index_parameters)
+
+
 def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | None) -> Any:
     import faiss
 
     index: Any
     try:
         index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
-        index.add(vectors)
+        if len(vectors):
+            index.train(vectors)
+            index.add(vectors)
         if parameters is not None:
             space: Any = faiss.ParameterSpace()
             space.set_index_parameters(index, parameters)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1]
+        where = f" over a shard of {len(vectors):,}" if len(vectors) else ", for"
         raise ValueError(
-            f"faiss cannot build --eval.index {factory} ({parameters or 'its own search parameters'}) over a shard of "
-            f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions: {reason}; choose another, or fewer "
-            "--eval.num-shards"
+            f"faiss cannot build --eval.index {factory} ({parameters or 'its own search parameters'}){where} vectors "
+            f"of {vectors.shape[1]} dimensions: {reason}; choose another"
+            + (", or fewer --eval.num-shards" if len(vectors) else "")
         ) from error
     return index
 
@@ -442,9 +455,11 @@ def search(
         Summaries, in the order of the queries.
 
     """
+    name = f"search {kind}" if gallery.exact or kind == "binary" else "search approximately"
     if blocks is None:
         blocks = gallery.blocks(queries.num_vectors)
-    name = f"search {kind}" if gallery.exact or kind == "binary" else "search approximately"
+    else:
+        name += ", a sample"
     progress = Progress(name, "queries", sum(map(len, blocks)))
     shared = ray.put((queries, gallery, kind, summarise, classes))
     waiting = []

@@ -243,6 +243,7 @@ class _Checkpoints:
             checkpoint=ray.train.Checkpoint(target, filesystem=context.get_storage().storage_filesystem),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,  # there is none: it is written where it is to be
             checkpoint_upload_fn=functools.partial(
                 self._write, step=step, waited=time.monotonic() - started, rank=context.get_world_rank()
             ),

@@ -28,6 +28,7 @@ from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import duration
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, keep_best, metrics_by_name, recall_line, table
+from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -67,6 +68,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     storage.check_writable(config.storage)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
     _, most_workers = config.worker_range or (1, 1)
+    check_index(config.eval, config.model.dim)
     cluster.connect(num_cpus=_cpus_needed(config, most_workers))
     check = ray.remote(_check_model).remote(config)
     config = _settle(config)
@@ -88,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     schedule = Schedule(config.optim, plan.steps_per_epoch)
     tracked = opening.result()
     _start_tracking(tracked, config, manifest, run_dir)
-    _announce(config, manifest, schedule, run_dir, tracked.uri)
+    _announce(config, manifest, schedule, run_dir, tracked)
     seconds["setup"] = time.monotonic() - started
 
     num_gpus = _worker_range(config)[0] if config.device == "cuda" else 0
@@ -222,7 +224,7 @@ def _start_tracking(tracked: "Tracker", config: TrainConfig, manifest: Manifest,
     storage.write_bytes(location, tracked.run_id.encode())
 
 
-def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str, tracking_uri: str) -> None:
+def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_dir: str, tracked: "Tracker") -> None:
     """Say what the run will do before it does it."""
     fewest, most = _worker_range(config)
     query, gallery = manifest.evaluation_splits
@@ -266,7 +268,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "checkpoint": f"every {config.checkpoint.every}{'' if config.checkpoint.minutes else ' iterations'}"
         + (f"; goes on from {checkpoint}" if checkpoint else ""),
         "written to": run_dir,
-        "MLflow": tracking_uri,
+        "MLflow": f"{tracked.uri}, run {tracked.run_id}",
     }
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
 

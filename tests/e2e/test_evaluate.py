@@ -17,6 +17,7 @@ from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, conf
 from nsl_dist.data.shards import load_manifest
 from nsl_dist.retrieval.embed import embed
 from nsl_dist.retrieval.evaluation import find_checkpoint, run
+from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import MODEL_FILE
 from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
 
@@ -96,8 +97,10 @@ def root(tmp_path: Path) -> Path:
 
 def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path: Path) -> None:
     other = EvaluateDataConfig(root=str(write_folders(tmp_path, [2, 2, 3, 2])))
+    num_prepared = len(list((Path(config.storage) / "shards").iterdir()))
     with pytest.raises(ValueError, match=r"trained on data of digest .* test classes may have been trained on"):
         run(dataclasses.replace(config, data=other))
+    assert len(list((Path(config.storage) / "shards").iterdir())) == num_prepared  # refused before it was sharded
     results = run(dataclasses.replace(config, data=dataclasses.replace(other, unrelated=True)))
     assert (results["num_queries"], list(results["recall"]["float"])) == (5, ["1", "10", "100"])
     assert results["recall"]["float"]["100"] == 1
@@ -150,6 +153,9 @@ def test_a_missing_checkpoint_and_an_impossible_index(config: EvaluateConfig, ro
     data, index = EvaluateDataConfig(root=str(root)), EvalConfig(index="IVF4096,Flat", nmi=False)
     with pytest.raises(ValueError, match=r"faiss cannot build --eval.index IVF4096,Flat .* over a shard of 11 vectors"):
         run(dataclasses.replace(config, data=data, eval=index))
+    for index in (EvalConfig(index="IVF,Fat"), EvalConfig(index="HNSW8", index_parameters="nprobes=4")):
+        with pytest.raises(ValueError, match=r"faiss cannot build --eval.index .*, for vectors of 16 dimensions"):
+            check_index(index, 16)
 
 
 def test_an_approximate_index_says_what_it_finds(config: EvaluateConfig, root: Path) -> None:
