@@ -62,7 +62,7 @@ class ChaosConfig:
 class Nodes:
     """Several Ray nodes on this machine: a head for the driver and the data, and others with a CPU or more each."""
 
-    def __init__(self, count: int, *, head_cpus: int = 2, cpus: int = 1) -> None:
+    def __init__(self, count: int, *, head_cpus: int = 1, cpus: int = 1) -> None:
         os.environ |= ENVIRONMENT  # before Ray is imported
         self._count, self._head_cpus, self._cpus = count, head_cpus, cpus
         self.start()
@@ -95,9 +95,10 @@ class Nodes:
         )
         self._next_address += 1
 
-    def kill_node(self, number: int) -> None:
-        """Kill all processes of a node at once."""
-        node = sorted(self._cluster.worker_nodes, key=lambda node: str(node.node_ip_address))[number]
+    def kill_node(self, rng: random.Random) -> None:
+        """Kill all processes of a node at once, of one with a training worker if there is any."""
+        nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.node_ip_address))
+        node = rng.choice([node for node in nodes if _training_workers(node)] or nodes)
         processes = list(_descendants(_raylet(node)))
         self._cluster.remove_node(node, allow_graceful=False)
         for pid in processes:
@@ -105,8 +106,8 @@ class Nodes:
 
     def kill_worker(self, rng: random.Random) -> bool:
         """Kill one training worker; tell whether there was one."""
-        raylets = [_raylet(node) for node in [self._cluster.head_node, *self._cluster.worker_nodes]]
-        workers = [pid for raylet in raylets for pid in _descendants(raylet) if "RayTrainWorker" in _title(pid)]
+        nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
+        workers = [pid for node in nodes for pid in _training_workers(node)]
         if workers:
             _kill(rng.choice(workers))
         return bool(workers)
@@ -206,6 +207,10 @@ def _raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
+def _training_workers(node: Any) -> list[int]:
+    return [pid for pid in _descendants(_raylet(node)) if "RayTrainWorker" in _title(pid)]
+
+
 def _descendants(pid: int) -> Iterator[int]:
     """Yield the processes below one, itself left out."""
     try:
@@ -239,7 +244,8 @@ def main() -> None:
     arguments = [
         f"--storage={storage}", f"--num-workers={config.num_workers}", f"--checkpoint.every={config.checkpoint_every}",
         f"--optim.epochs={max(1, config.steps // 15)}", "--data.image-size=32", "--model.dim=32", "--max-failures=-1",
-        "--model.batch-norm=frozen", "--data.batch-size=60", "--tracking.every=5", "--proxies.sample-rate=1.0",
+        "--model.backbone=shufflenet_v2_x0_5", "--model.batch-norm=frozen", "--data.batch-size=60",
+        "--tracking.every=5",
         "--eval.no-nmi",
     ]  # fmt: skip
     nodes = Nodes(config.nodes)
@@ -275,7 +281,7 @@ def main() -> None:
         if victim == "worker" and not nodes.kill_worker(rng):
             continue
         if victim == "node":
-            nodes.kill_node(rng.randrange(config.nodes))
+            nodes.kill_node(rng)
             nodes.add()
         elif victim == "driver":
             driver.process.kill()
