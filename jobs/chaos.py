@@ -120,6 +120,7 @@ class Nodes:
             self._cluster.remove_node(node, allow_graceful=False)
         for pid in processes:
             _kill(pid)
+        self._cluster.shutdown()  # Ray forgets the address, which others on this machine would try
 
 
 class Driver:
