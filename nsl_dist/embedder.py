@@ -113,7 +113,10 @@ def load_weights(model: EmbeddingModel, content: bytes, *, location: str) -> Non
     try:
         model.load_state_dict(load(content))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{location}: the weights are not of the model beside them: {error}; copy it again") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{location}: the weights are not of the model beside them: {reason}; copy it again"
+        ) from error
 
 
 def _decode(image: str | Path | bytes) -> torch.Tensor:

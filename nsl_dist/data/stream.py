@@ -49,12 +49,29 @@ class _Rest(ExecutionCallback):
 
 
 def planned_batches(
-    plan: ClassBalancedPlan, split: Split, config: DataConfig, *, first_step: int, last_step: int, world_size: int
+    plan: ClassBalancedPlan,
+    split: Split,
+    config: DataConfig,
+    *,
+    first_step: int,
+    last_step: int,
+    world_size: int,
+    spare_cpus: bool = True,
 ) -> list[ray.data.DataIterator]:
     """Stream every worker's part of the batches `first_step` to `last_step - 1`.
 
     A block is one worker's part of one step, in the order (step, rank); with order preserved and whole blocks of equal
     size, the split hands them to the workers in turn. Every row carries its step and rank, for the worker to check.
+
+    Args:
+        plan: of the run.
+        split: that it draws from.
+        config: how images are made.
+        first_step: of the stream.
+        last_step: one past its last.
+        world_size: workers.
+        spare_cpus: whether the cluster has CPUs that no worker reserves. Without, one task at a time decodes on theirs;
+            it would wait for a CPU for ever.
 
     Returns:
         For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
@@ -83,7 +100,10 @@ def planned_batches(
 
     num_blocks = (last_step - first_step) * world_size
     dataset = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
-        make_part, batch_size=None, num_cpus=1
+        make_part,
+        batch_size=None,
+        num_cpus=1 if spare_cpus else 0,
+        compute=ray.data.TaskPoolStrategy(None if spare_cpus else 1),
     )
     context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 import ray.data
 import ray.train
 import ray.train.collective
@@ -60,8 +61,16 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         first_step = step_of(location) if location is not None else 0
         plan = plan_of(split, config, left_out=_left_out(run_dir))
         last_step = Schedule(config.optim, plan.steps_per_epoch).num_steps
+        # Of an elastic run the workers may have taken all CPUs that are left of the cluster.
+        spare_cpus = ray.cluster_resources()["CPU"] - world_size * config.cpus_per_worker >= 1
         shards = planned_batches(
-            plan, split, config.data, first_step=first_step, last_step=last_step, world_size=world_size
+            plan,
+            split,
+            config.data,
+            first_step=first_step,
+            last_step=last_step,
+            world_size=world_size,
+            spare_cpus=spare_cpus,
         )
         begin = [(location, first_step, plan, list(shards))]
     dist.broadcast_object_list(begin, src=0)
