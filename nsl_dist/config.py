@@ -298,6 +298,9 @@ class TrainConfig:
     and come. None: one for each GPU of the cluster, as far as they share the batch evenly; one on CPUs."""
     cpus_per_worker: int = 1
     """CPUs that each training worker reserves; the rest of the cluster reads and decodes."""
+    threads: int | None = None
+    """Threads that each worker trains with on CPUs. None: the cores of a machine, shared by its workers. A run that
+    goes on keeps them: another number sums in another order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers train. auto: cuda if the cluster has GPUs."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -316,6 +319,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.cpus_per_worker >= 1, f"--cpus-per-worker {self.cpus_per_worker} must be at least 1")
+        _require(self.threads is None or self.threads >= 1, f"--threads {self.threads} must be at least 1")
         _require(self.seed >= 0, f"--seed {self.seed} must not be negative")
         _require(
             self.precision != "bfloat16" or self.data.image_size >= 32,
@@ -381,7 +385,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 # What may change when a run goes on: it decides neither the batches nor what they do to the model.
 FREE_TO_CHANGE = re.compile(
-    r"recipe|storage|run_name|num_workers|cpus_per_worker|device|max_failures|checkpoint\..*|eval\..*|tracking\..*|"
+    r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|max_failures|checkpoint\..*|eval\..*|tracking\..*|"
     r"data\.(root|layout|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
 )
 

@@ -15,6 +15,7 @@ import ray.data
 import ray.train
 import ray.train.collective
 import ray.train.torch
+import torch
 import torch.distributed as dist
 from ray.util.queue import Queue
 
@@ -23,7 +24,6 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DamagedShardError, Manifest, Split
 from nsl_dist.data.stream import planned_batches
-from nsl_dist.device import use_cpu_threads
 from nsl_dist.runs import LEFT_OUT_FILE, checkpoint_name, newest_checkpoint, step_of
 from nsl_dist.training.schedule import Schedule
 
@@ -50,7 +50,8 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        use_cpu_threads(context.get_local_world_size())
+        assert config.threads is not None
+        torch.set_num_threads(config.threads)
 
     # Rank 0 looks for all, so that all begin in the same place, and starts the stream, so that it fits the step and the
     # workers of this very attempt.

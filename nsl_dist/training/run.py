@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import logging
+import math
+import os
 import signal
 import statistics
 import sys
@@ -149,8 +151,13 @@ def _settle(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(
         config, device=device, num_workers=config.num_workers or most_workers, run_name=run_name
     )
+    fewest, most = _worker_range(config)
+    if config.threads is None:
+        before = _started_with(storage.join(config.storage, "runs", run_name))
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        threads = before.threads if before else max(1, (os.cpu_count() or 1) // math.ceil(most / num_nodes))
+        config = dataclasses.replace(config, threads=threads)
 
-    fewest, _ = _worker_range(config)
     cluster.require(
         cpus=_cpus_needed(config, fewest),
         gpus=fewest if device == "cuda" else 0,
@@ -169,15 +176,19 @@ def _refuse_to_change(config: TrainConfig, run_dir: str) -> None:
     """
     if storage.exists(storage.join(run_dir, "results.json")):
         raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
-    location = storage.join(run_dir, CONFIG_FILE)
-    if not storage.exists(location):
-        return
-    changed = differences(config_from_dict(json.loads(storage.read_bytes(location))), config)
+    before = _started_with(run_dir)
+    changed = differences(before, config) if before else []
     if changed:
         raise ValueError(
             f"run {config.run_name} was started otherwise: {'; '.join(changed)}; give the same to go on with it, or "
             "choose another --run-name"
         )
+
+
+def _started_with(run_dir: str) -> TrainConfig | None:
+    """Return what a run was started with; None: it was not yet."""
+    location = storage.join(run_dir, CONFIG_FILE)
+    return config_from_dict(json.loads(storage.read_bytes(location))) if storage.exists(location) else None
 
 
 def _worker_range(config: TrainConfig) -> tuple[int, int]:

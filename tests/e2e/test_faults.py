@@ -38,6 +38,8 @@ SIZES = {"train": [7] * 20, "test": [4] * 5}  # 140 images of 20 classes
 def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
     """Train a run of `run_dir` in a plain loop over its plan, without Ray, to its end."""
     config = config_from_dict(json.loads((Path(run_dir) / "config.json").read_text()))
+    assert config.threads is not None
+    torch.set_num_threads(config.threads)
     manifest = load_manifest(shards)
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
