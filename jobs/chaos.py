@@ -75,6 +75,7 @@ class Nodes:
         self._next_address = 2
         self._cluster: Any = Cluster(
             initialize_head=True,
+            shutdown_at_exit=False,  # which only the main thread can arrange for; `kill_all` does it
             head_node_args={
                 "num_cpus": self._head_cpus, "node_ip_address": "127.0.0.1", "object_store_memory": memory,
                 "include_dashboard": True, "dashboard_host": "127.0.0.1",
@@ -83,9 +84,8 @@ class Nodes:
         for _ in range(self._count):
             self.add()
 
-    @property
     def address(self) -> str:
-        """Of the head, for RAY_ADDRESS."""
+        """Return that of the head, for RAY_ADDRESS."""
         return str(self._cluster.address)
 
     def add(self) -> None:
@@ -238,7 +238,7 @@ def _kill(pid: int) -> None:
 
 
 def main() -> None:
-    """Train undisturbed, train disturbed, compare."""
+    """Start the nodes, do it, stop them."""
     config = tyro.cli(ChaosConfig, description=__doc__)
     storage = config.storage or tempfile.mkdtemp(prefix="nsl_dist_chaos_")
     rng = random.Random(config.seed)
@@ -250,16 +250,29 @@ def main() -> None:
         "--eval.no-nmi",
     ]  # fmt: skip
     nodes = Nodes(config.nodes)
+    try:
+        disturb(config, nodes, arguments, storage, rng)
+    finally:
+        nodes.kill_all()
+
+
+def disturb(config: ChaosConfig, nodes: Nodes, arguments: list[str], storage: str, rng: random.Random) -> None:
+    """Train undisturbed, train disturbed, compare.
+
+    Raises:
+        ValueError: the trainings failed or came out otherwise.
+
+    """
     print(f"storage: {storage}", flush=True)
     logs = Path(storage)
-    driver = Driver([*arguments, "--run-name=undisturbed"], address=nodes.address, log=logs / "undisturbed.log")
+    driver = Driver([*arguments, "--run-name=undisturbed"], address=nodes.address(), log=logs / "undisturbed.log")
     while driver.process.poll() is None:
         time.sleep(1)
     if driver.process.returncode != 0:
         raise ValueError(f"the undisturbed training failed:\n{driver.output[-4000:]}")
     print("undisturbed training done", flush=True)
 
-    driver = Driver([*arguments, "--run-name=disturbed"], address=nodes.address, log=logs / "disturbed.log")
+    driver = Driver([*arguments, "--run-name=disturbed"], address=nodes.address(), log=logs / "disturbed.log")
     started = time.monotonic()
     kills: list[dict[str, Any]] = []
     next_kill = started + rng.expovariate(1 / config.seconds_between)
@@ -273,7 +286,7 @@ def main() -> None:
         if (status := driver.process.poll()) is not None:
             if status == 0:
                 break
-            driver.start(nodes.address)
+            driver.start(nodes.address())
         if now < next_kill or now - started > 60 * config.minutes:
             continue
         next_kill = now + rng.expovariate(1 / config.seconds_between)
@@ -311,7 +324,6 @@ def main() -> None:
     difference = compare(f"{storage}/runs/undisturbed", f"{storage}/runs/disturbed")
     bound = 0.0 if ".." not in config.num_workers else 1e-2
     print(f"greatest difference of weights, momentum and proxies: {difference:.2g} of the greatest (bound {bound:g})")
-    nodes.kill_all()
     if difference > bound:
         raise ValueError(f"the disturbed training came out otherwise; see {storage}")
     print("nothing was lost")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 
 import mlflow
@@ -32,6 +33,12 @@ from tests.conftest import write_sop
 from tests.distributed.test_step import write
 from tests.distributed.workers import run
 
+
+class NodesManager(BaseManager):
+    """A process of their own for the nodes: Ray Data does not find its way from one Ray to another in one process."""
+
+
+NodesManager.register("Nodes", Nodes)
 SIZES = {"train": [7] * 20, "test": [4] * 5}  # 140 images of 20 classes
 
 
@@ -62,6 +69,7 @@ def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
     write(training, Path(run_dir).with_name("undisturbed") / checkpoint_name(step + 1), step=step + 1)
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path: Path) -> None:
     """A worker, a node and the head are killed, the driver is told to stop: the run ends as if nothing had been."""
     ray.shutdown()  # that of other tests
@@ -73,9 +81,11 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
         "--model.backbone=shufflenet_v2_x0_5",
         "--eval.no-nmi",
     ]  # fmt: skip
-    nodes = Nodes(2)
+    manager = NodesManager()
+    manager.start()
+    nodes = manager.Nodes(2)  # type: ignore[attr-defined]
     try:
-        driver = Driver(arguments, address=nodes.address, log=tmp_path / "log")
+        driver = Driver(arguments, address=nodes.address(), log=tmp_path / "log")
         driver.wait_for_step(15)
         rng = random.Random(0)
         assert nodes.kill_worker(rng)
@@ -90,10 +100,11 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
         stopped_at = driver.step
         nodes.kill_all()
         nodes.start()
-        driver.start(nodes.address)
+        driver.start(nodes.address())
         assert driver.process.wait(600) == 0, driver.output
     finally:
         nodes.kill_all()
+        manager.shutdown()
 
     first, after_worker, after_node, after_stop = driver.attempts
     assert first == 1
@@ -115,6 +126,7 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
     assert results["num_queries"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("fault", ["nan", "damaged"])
 def test_lasting_errors_end_the_run_at_once(fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
