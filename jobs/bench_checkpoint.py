@@ -1,4 +1,4 @@
-r"""How long a training waits for a checkpoint, and how long it takes to write: ours beside what PyTorch offers.
+r"""How long a training waits for a checkpoint, and how much slower it is meanwhile: ours beside what PyTorch offers.
 
     python jobs/bench_checkpoint.py --classes 1000000 --dim 128
 
@@ -122,7 +122,7 @@ def measure(config: BenchConfig, directory: Path) -> list[dict[str, Any]]:
     num_bytes = sum(tensor.nbytes for tensor in state)
     buffers = [torch.empty_like(tensor) for tensor in state]
     seconds: dict[str, dict[str, list[float]]] = {
-        name: {"step": [], "wait": [], "write": [], "beside": []} for name in config.implementations
+        name: {"step": [], "wait": [], "beside": []} for name in config.implementations
     }
     floors = []
     functions = savers(training)
@@ -140,12 +140,10 @@ def measure(config: BenchConfig, directory: Path) -> list[dict[str, Any]]:
             waited = time.monotonic() - started
             beside = train(config.steps)
             join()
-            wrote = time.monotonic() - started
             shutil.rmtree(folder)
             if turn > 0:
                 times["step"] += alone
                 times["wait"].append(waited)
-                times["write"].append(wrote)
                 times["beside"] += beside
     minutes = CheckpointConfig().minutes
     assert minutes is not None

@@ -41,25 +41,21 @@ def hide_progress_bars() -> None:
 
 def get(references: Any) -> Any:
     """Return what `ray.get` does; a user's mistake found in a task is raised as itself, without the task's stack."""
-    try:
-        if isinstance(references, list):
-            # Each error is looked at: Ray prints those that nobody saw with their stacks.
-            errors = [error for error in map(_error_of, references) if error is not None]
-            if errors:
-                raise errors[0]
-        return ray.get(references)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (ValueError, FileNotFoundError)):
+    # One by one: of several errors that nobody asked for Ray prints the stacks.
+    outcomes = [_outcome(reference) for reference in (references if isinstance(references, list) else [references])]
+    for error in outcomes:
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, (ValueError, FileNotFoundError)):
             raise error.cause from None
-        raise
+        if isinstance(error, ray.exceptions.RayError):
+            raise error
+    return outcomes if isinstance(references, list) else outcomes[0]
 
 
-def _error_of(reference: Any) -> Exception | None:
+def _outcome(reference: Any) -> Any:
     try:
-        ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayError as error:
         return error
-    return None
 
 
 def require(*, cpus: float, gpus: float, why: str) -> None:

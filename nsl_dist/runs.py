@@ -12,9 +12,9 @@ DESCRIPTION_FILE = "embedder.json"  # what rebuilds it
 OPTIMIZER_FILE = "optimizer.safetensors"
 RUN_FILE = "run.json"
 LEFT_OUT_FILE = "left_out.json"  # of a run: shards that turned out damaged
-_CHECKPOINT = re.compile(r"checkpoint_\d{9}")
 BEST = "best"  # of a run: the best model among those evaluated
 CONFIG_FILE = "config.json"  # of a run: what it was started with
+_CHECKPOINT = re.compile(r"checkpoint_\d{9}")
 
 
 class TrainingError(RuntimeError):

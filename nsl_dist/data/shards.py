@@ -245,7 +245,7 @@ def open_data(
     layout: Layout | None,
     storage_root: str,
     max_undecodable: float,
-    check_digest: Callable[[str], None] | None = None,
+    check_digest: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Open shards, or prepare a raw folder into `storage_root/shards/DIGEST` unless that was done before.
 
@@ -265,13 +265,11 @@ def open_data(
     layout = layout_of(root, layout)
     if is_prepared(root):
         manifest = load_manifest(root)
-        if check_digest is not None:
-            check_digest(manifest.digest)
+        check_digest(manifest.digest)
     else:
         records = read_records(root, layout=layout)
         digest = records_digest(records, layout=layout)
-        if check_digest is not None:
-            check_digest(digest)
+        check_digest(digest)
         out = storage.join(storage_root, "shards", digest[:16])
         if not is_prepared(out):
             print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)

@@ -29,7 +29,15 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import duration
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint, keep_best, metrics_by_name, recall_line, table
+from nsl_dist.retrieval.evaluation import (
+    evaluate,
+    evaluate_checkpoint,
+    find_checkpoint,
+    keep_best,
+    metrics_by_name,
+    recall_line,
+    table,
+)
 from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import (
     CONFIG_FILE,
@@ -105,7 +113,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         started = time.monotonic()
         rates = _fit(config, manifest, tracked, run_dir, schedule)
-        checkpoint = str(newest_checkpoint(run_dir))
+        checkpoint = find_checkpoint(run_dir)
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
