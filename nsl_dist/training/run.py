@@ -162,9 +162,11 @@ def _settle(config: TrainConfig) -> TrainConfig:
     fewest, most = _worker_range(config)
     if config.threads is None:
         before = _started_with(storage.join(config.storage, "runs", run_name))
+        # A node may be less than a machine, and a Ray of our own have more CPUs than its machine.
         num_nodes = sum(node["Alive"] for node in ray.nodes())
-        threads = before.threads if before else max(1, (os.cpu_count() or 1) // math.ceil(most / num_nodes))
-        config = dataclasses.replace(config, threads=threads)
+        cores, cpus = os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])
+        threads = max(1, min(cores // math.ceil(most / num_nodes), cpus // most))
+        config = dataclasses.replace(config, threads=before.threads if before else threads)
 
     cluster.require(
         cpus=_cpus_needed(config, fewest),
