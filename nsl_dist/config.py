@@ -357,22 +357,25 @@ class TrainConfig:
         return int(low), int(high or low)
 
 
-def config_from_dict(fields: dict[str, Any]) -> TrainConfig:
+def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
     """Return the configuration that `dataclasses.asdict` turned into `fields`, after a trip through JSON too.
 
     Raises:
-        TypeError: a field is unknown: it was written by another release.
-        ValueError: a value is out of range.
+        ValueError: the file at `location`, where they are from, was written by another release; or a value is out of
+            range.
 
     """
     parts = {
         "data": DataConfig, "model": ModelConfig, "proxies": ProxyConfig, "optim": OptimConfig,
         "checkpoint": CheckpointConfig, "eval": TrainEvalConfig, "tracking": TrackingConfig,
     }  # fmt: skip
-    fields = {name: parts[name](**value) if name in parts else value for name, value in fields.items()}
-    if fields["eval"].recall_at is not None:
-        fields["eval"] = replace(fields["eval"], recall_at=tuple(fields["eval"].recall_at))  # a list in JSON
-    return TrainConfig(**fields)
+    try:
+        config = TrainConfig(**{name: parts[name](**each) if name in parts else each for name, each in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"{location} is of another release of nsl_dist: {error}") from error
+    if config.eval.recall_at is not None:
+        config = replace(config, eval=replace(config.eval, recall_at=tuple(config.eval.recall_at)))  # a list in JSON
+    return config
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

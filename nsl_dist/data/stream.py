@@ -107,6 +107,7 @@ def planned_batches(
     )
     context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
+    context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(

@@ -261,11 +261,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     config = dataclasses.replace(config, storage=storage.absolute(config.storage))
     checkpoint = find_checkpoint(config.checkpoint)
-    trained = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))
-    try:
-        settings = config_from_dict(trained["config"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{checkpoint}/run.json is of another release of nsl_dist: {error}") from error
+    location = storage.join(checkpoint, RUN_FILE)
+    trained = json.loads(storage.read_bytes(location))
+    settings = config_from_dict(trained["config"], location=location)
     storage.check_writable(config.storage)
     tracker = None
     if config.run_id is not None:

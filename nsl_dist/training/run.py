@@ -198,7 +198,9 @@ def _refuse_to_change(config: TrainConfig, run_dir: str) -> None:
 def _started_with(run_dir: str) -> TrainConfig | None:
     """Return what a run was started with; None: it was not yet."""
     location = storage.join(run_dir, CONFIG_FILE)
-    return config_from_dict(json.loads(storage.read_bytes(location))) if storage.exists(location) else None
+    if not storage.exists(location):
+        return None
+    return config_from_dict(json.loads(storage.read_bytes(location)), location=location)
 
 
 def _worker_range(config: TrainConfig) -> tuple[int, int]:

@@ -107,7 +107,9 @@ def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path
 
 
 def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, root: Path, storage: Path, tmp_path: Path) -> None:
-    settings = config_from_dict(json.loads((Path(config.checkpoint) / "run.json").read_text())["config"])
+    settings = config_from_dict(
+        json.loads((Path(config.checkpoint) / "run.json").read_text())["config"], location="run.json"
+    )
     weights = (Path(config.checkpoint) / MODEL_FILE).read_bytes()
     (shards,) = (each.parent for each in (storage / "shards").glob("*/manifest.json") if "cars196" in each.read_text())
     manifest, out = load_manifest(str(shards)), tmp_path / "embeddings"

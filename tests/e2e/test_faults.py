@@ -45,7 +45,8 @@ SIZES = {"train": [7] * 20, "test": [4] * 5}  # 140 images of 20 classes
 
 def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
     """Train a run of `run_dir` in a plain loop over its plan, without Ray, to its end."""
-    config = config_from_dict(json.loads((Path(run_dir) / "config.json").read_text()))
+    location = Path(run_dir) / "config.json"
+    config = config_from_dict(json.loads(location.read_text()), location=str(location))
     assert config.threads is not None
     torch.set_num_threads(config.threads)
     manifest = load_manifest(shards)
@@ -179,6 +180,9 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     changed = dataclasses.replace(config, optim=OptimConfig(lr=0.02), proxies=ProxyConfig(sample_rate=0.1))
     with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; give the same"):
         _refuse_to_change(changed, str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"margin": 0.1}))
+    with pytest.raises(ValueError, match=r"config.json is of another release of nsl_dist: .* 'margin'"):
+        _refuse_to_change(free, str(tmp_path))
 
 
 def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
