@@ -48,7 +48,7 @@ class ChaosConfig:
     """Training workers; with other numbers in between, sums over them would round otherwise."""
     nodes: int = 2
     """Nodes beside the head. One that is killed is replaced."""
-    steps: int = 2000
+    steps: int = 1000
     """Iterations of the training, about."""
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
@@ -128,6 +128,17 @@ class Driver:
     def __init__(self, arguments: list[str], *, address: str, log: Path) -> None:
         self._arguments, self._log = arguments, log
         self.start(address)
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill it, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
 
     def start(self, address: str) -> None:
         """Start it, or start it again."""
@@ -237,95 +248,95 @@ def _kill(pid: int) -> None:
 
 
 def main() -> None:
-    """Start the nodes, do it, stop them."""
+    """Train undisturbed, train disturbed, compare."""
     config = tyro.cli(ChaosConfig, description=__doc__)
-    storage = config.storage or tempfile.mkdtemp(prefix="nsl_dist_chaos_")
-    rng = random.Random(config.seed)
+    storage = Path(config.storage or tempfile.mkdtemp(prefix="nsl_dist_chaos_"))
+    storage.mkdir(parents=True, exist_ok=True)
     arguments = [
         f"--storage={storage}", f"--num-workers={config.num_workers}", f"--checkpoint.every={config.checkpoint_every}",
-        f"--optim.epochs={max(1, config.steps // 15)}", "--data.image-size=32", "--model.dim=32", "--max-failures=-1",
+        f"--optim.epochs={max(1, config.steps // 18)}", "--data.image-size=32", "--model.dim=32", "--max-failures=-1",
         "--model.backbone=shufflenet_v2_x0_5", "--model.batch-norm=frozen", "--data.batch-size=60",
         "--tracking.every=5",
         "--eval.no-nmi",
     ]  # fmt: skip
+    print(f"storage: {storage}", flush=True)
     nodes = Nodes(config.nodes)
     try:
-        disturb(config, nodes, arguments, storage, rng)
+        address, log = nodes.address(), storage / "undisturbed.log"
+        with Driver([*arguments, "--run-name=undisturbed"], address=address, log=log) as driver:
+            if driver.process.wait() != 0:
+                raise ValueError(f"the undisturbed training failed:\n{driver.output[-4000:]}")
+        print("undisturbed training done", flush=True)
+        with Driver([*arguments, "--run-name=disturbed"], address=address, log=storage / "disturbed.log") as driver:
+            kills = disturb(config, nodes, driver)
     finally:
         nodes.kill_all()
+    show(kills)
+    difference = compare(f"{storage}/runs/undisturbed", f"{storage}/runs/disturbed")
+    print(f"greatest difference of weights, momentum and proxies: {difference:.2g} of the greatest")
+    if difference > 0:
+        raise ValueError(f"the disturbed training came out otherwise; see {storage}")
+    print("nothing was lost")
 
 
-def disturb(config: ChaosConfig, nodes: Nodes, arguments: list[str], storage: str, rng: random.Random) -> None:
-    """Train undisturbed, train disturbed, compare.
+def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str, Any]]:
+    """Kill at random until the time is over, start the driver again whenever it ended, and wait for its end.
 
-    Raises:
-        ValueError: the trainings failed or came out otherwise.
+    Returns:
+        For each kill its victim, when (`at`) and at which `step`, the seconds until the next step (`recovered`) and the
+        steps done `again`, both None where another kill came first.
 
     """
-    print(f"storage: {storage}", flush=True)
-    logs = Path(storage)
-    logs.mkdir(parents=True, exist_ok=True)
-    driver = Driver([*arguments, "--run-name=undisturbed"], address=nodes.address(), log=logs / "undisturbed.log")
-    while driver.process.poll() is None:
-        time.sleep(1)
-    if driver.process.returncode != 0:
-        raise ValueError(f"the undisturbed training failed:\n{driver.output[-4000:]}")
-    print("undisturbed training done", flush=True)
-
-    driver = Driver([*arguments, "--run-name=disturbed"], address=nodes.address(), log=logs / "disturbed.log")
+    rng = random.Random(config.seed)
     started = time.monotonic()
     kills: list[dict[str, Any]] = []
     next_kill = started + rng.expovariate(1 / config.seconds_between)
     while True:
         time.sleep(0.2)
         now, attempts = time.monotonic(), driver.attempts
-        for kill in kills:  # those that the training has come back from
-            if kill["recovered"] is None and len(attempts) > kill["attempts"]:
-                kill["recovered"] = now - kill["at"]
-                kill["again"] = max(0, kill["step"] - attempts[-1] + 1)
+        if kills and kills[-1]["recovered"] is None and len(attempts) > kills[-1]["attempts"]:
+            kills[-1]["recovered"] = now - kills[-1]["at"]
+            kills[-1]["again"] = max(0, kills[-1]["step"] - attempts[-1] + 1)
         if (status := driver.process.poll()) is not None:
             if status == 0:
-                break
+                return kills
             driver.start(nodes.address())
         if now < next_kill or now - started > 60 * config.minutes:
             continue
         next_kill = now + rng.expovariate(1 / config.seconds_between)
         victim = rng.choice(config.victims)
-        kill = {"victim": victim, "at": now, "step": driver.step, "attempts": len(attempts), "recovered": None}
+        step = driver.step
         if victim == "worker" and not nodes.kill_worker(rng):
             continue
         if victim == "node":
             nodes.kill_node(rng)
             nodes.add()
         elif victim == "driver":
-            driver.process.kill()
-            driver.process.wait()
+            driver.kill()
         elif victim == "stop":
             driver.process.terminate()
         elif victim == "head":
             nodes.kill_all()
-            driver.process.kill()
-            driver.process.wait()
+            driver.kill()
             nodes.start()
-        kills.append(kill)
-        print(f"{duration(now - started):>12}  step {kill['step']:5,}  kill {len(kills)}: {victim}", flush=True)
+        kills.append({"victim": victim, "at": now, "step": step, "attempts": len(attempts), "recovered": None})
+        print(f"{duration(now - started):>12}  step {step:5,}  kill {len(kills)}: {victim}", flush=True)
 
-    print(f"\n{len(kills)} kills in {duration(time.monotonic() - started)}")
-    print(f"{'':8}{'kills':>7}{'s to next step':>16}{'most':>7}{'steps again':>13}{'most':>6}")
-    for victim in config.victims:
+
+def show(kills: list[dict[str, Any]]) -> None:
+    """Print, for each kind of victim, how many there were and what they cost."""
+    print(f"\n{len(kills)} kills; of those that the training came back from before the next:")
+    print(f"{'':8}{'kills':>7}{'back':>6}{'s to next step':>16}{'most':>7}{'steps again':>13}{'most':>6}")
+    for victim in sorted({kill["victim"] for kill in kills}):
         those = [kill for kill in kills if kill["victim"] == victim]
-        back = [kill["recovered"] for kill in those if kill["recovered"] is not None]
-        again = [kill["again"] for kill in those if kill["recovered"] is not None]
+        back = [kill for kill in those if kill["recovered"] is not None]
+        line = f"{victim:8}{len(those):7}{len(back):6}"
         if back:
-            print(
-                f"{victim:8}{len(those):7}{statistics.median(back):16.1f}{max(back):7.1f}"
-                f"{statistics.median(again):13.1f}{max(again):6}"
+            seconds, again = [kill["recovered"] for kill in back], [kill["again"] for kill in back]
+            line += (
+                f"{statistics.median(seconds):16.1f}{max(seconds):7.1f}{statistics.median(again):13.1f}{max(again):6}"
             )
-    difference = compare(f"{storage}/runs/undisturbed", f"{storage}/runs/disturbed")
-    print(f"greatest difference of weights, momentum and proxies: {difference:.2g} of the greatest")
-    if difference > 0:
-        raise ValueError(f"the disturbed training came out otherwise; see {storage}")
-    print("nothing was lost")
+        print(line)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,12 @@ def newest_checkpoint(run_dir: str) -> str | None:
     return None
 
 
+def left_out_shards(run_dir: str) -> list[str]:
+    """Return the shards that turned out damaged in the course of a run, and whose classes it goes on without."""
+    location = storage.join(run_dir, LEFT_OUT_FILE)
+    return list(json.loads(storage.read_bytes(location))) if storage.exists(location) else []
+
+
 def prune_checkpoints(run_dir: str, *, keep: int) -> None:
     """Delete all but the newest checkpoints of a run that has ended, those half written before a crash included."""
     filesystem, path = storage.resolve(run_dir)

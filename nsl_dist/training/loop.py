@@ -24,7 +24,7 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DamagedShardError, Manifest, Split
 from nsl_dist.data.stream import planned_batches
-from nsl_dist.runs import LEFT_OUT_FILE, checkpoint_name, newest_checkpoint, step_of
+from nsl_dist.runs import LEFT_OUT_FILE, checkpoint_name, left_out_shards, newest_checkpoint, step_of
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
     if rank == 0:
         location = newest_checkpoint(run_dir)
         first_step = step_of(location) if location is not None else 0
-        plan = plan_of(split, config, left_out=_left_out(run_dir))
+        plan = plan_of(split, config, left_out=left_out_shards(run_dir))
         last_step = Schedule(config.optim, plan.steps_per_epoch).num_steps
         # Of an elastic run the workers may have taken all CPUs that are left of the cluster.
         spare_cpus = ray.cluster_resources()["CPU"] - world_size * config.cpus_per_worker >= 1
@@ -155,12 +155,6 @@ def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassB
     )
 
 
-def _left_out(run_dir: str) -> list[str]:
-    """Return the shards that turned out damaged in the course of a run."""
-    location = storage.join(run_dir, LEFT_OUT_FILE)
-    return list(json.loads(storage.read_bytes(location))) if storage.exists(location) else []
-
-
 @contextmanager
 def _naming_damaged_shards(run_dir: str, most: int) -> Iterator[None]:
     """Raise a damaged shard as itself; or, if it may be left out, put it on record for the next attempt."""
@@ -170,7 +164,7 @@ def _naming_damaged_shards(run_dir: str, most: int) -> Iterator[None]:
         damaged = _damaged_shard(error)
         if damaged is None:
             raise
-        left_out = sorted({*_left_out(run_dir), damaged.shard})
+        left_out = sorted({*left_out_shards(run_dir), damaged.shard})
         if len(left_out) > most:
             raise damaged from None
         storage.write_bytes(storage.join(run_dir, LEFT_OUT_FILE), json.dumps(left_out).encode())

@@ -44,6 +44,7 @@ from nsl_dist.runs import (
     MODEL_FILE,
     StoppedError,
     TrainingError,
+    left_out_shards,
     newest_checkpoint,
     prune_checkpoints,
     step_of,
@@ -130,6 +131,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "seconds": seconds,
             "train_images_per_second": statistics.median(rates) if rates else None,
             "data": {"digest": manifest.digest, "source": manifest.source, **manifest.splits},
+            "left_out_shards": left_out_shards(run_dir),
             "config": dataclasses.asdict(config),
         }
         content = json.dumps(results, indent=1)

@@ -41,6 +41,15 @@ def test_every_class_is_drawn() -> None:
     assert set(drawn.tolist()) == set(range(len(SIZES)))
 
 
+def test_classes_that_are_left_out_are_never_drawn() -> None:
+    left_out = plan(left_out=(0, 4, 5, 11))
+    drawn = np.concatenate([left_out.batch(step).labels for step in range(100)])
+    assert set(drawn.tolist()) == {1, 2, 3, 6, 7, 8, 9, 10}
+    assert left_out.steps_per_epoch == plan().steps_per_epoch
+    with pytest.raises(ValueError, match="needs 4 classes, but the training split has 3"):
+        plan(left_out=tuple(range(9)))
+
+
 def test_epoch_is_floor_of_images_over_batch() -> None:
     assert plan().steps_per_epoch == 78 // 20
 
