@@ -44,6 +44,11 @@ def step_of(checkpoint: str) -> int:
     return int(json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["step"])
 
 
+def unsent_file(storage_root: str, mlflow_run_id: str) -> str:
+    """Return where the records wait that MLflow could not be told yet."""
+    return storage.join(storage_root, "unsent", f"{mlflow_run_id}.json")
+
+
 def rows_file(rank: int, world_size: int) -> str:
     """Return the name of one worker's part of the class proxies in a checkpoint."""
     return f"proxies-{rank:05d}-of-{world_size:05d}.safetensors"

@@ -68,6 +68,12 @@ def write_bytes(location: str, content: bytes) -> None:
         stream.write(content)
 
 
+def delete(location: str) -> None:
+    """Delete a file."""
+    filesystem, path = resolve(location)
+    filesystem.delete_file(path)
+
+
 @contextmanager
 def open_output(location: str) -> Iterator[Any]:
     """Open a file for writing, its folders made as needed; it appears complete or, on a local disk, not at all."""
@@ -95,7 +101,6 @@ def check_writable(location: str) -> None:
     probe = join(location, f".writable-{os.getpid()}")
     try:
         write_bytes(probe, b"")
-        filesystem, path = resolve(probe)
-        filesystem.delete_file(path)
+        delete(probe)
     except OSError as error:
         raise ValueError(f"--storage {location} cannot be written: {error}; give a writable folder or URI") from error

@@ -1,10 +1,10 @@
 """MLflow: the one module that speaks to it. The driver owns the run; workers send it their records."""
 
+import json
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import mlflow
@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from nsl_dist import storage
 from nsl_dist.config import TrainConfig, flatten
+from nsl_dist.runs import unsent_file
 
 MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
 SECONDS_BETWEEN_TRIES = 10.0
@@ -21,6 +22,8 @@ _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 class Tracker:
     """MLflow, and one run in it: parameters at its start, metrics by global step, files at its end.
+
+    What it cannot be told while it is away is kept, in memory and in a file of the storage, and sent when it is back.
 
     Attributes:
         run_id: MLflow's, once `start` was called.
@@ -41,7 +44,9 @@ class Tracker:
 
         """
         self.run_id = ""
-        self._unsent: deque[Callable[[], Any]] = deque()
+        self._storage_root = storage_root
+        self._unsent: deque[dict[str, Any]] = deque()
+        self._is_kept = False  # whether there is a file
         self._away = False
         self._try_again_at = 0.0
         # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
@@ -58,7 +63,7 @@ class Tracker:
             raise ValueError(f"the tracking URI {self.uri} cannot be used: {error}") from error
 
     def add_to(self, run_id: str) -> None:
-        """Log into a run that is there, whatever its status.
+        """Log into a run that is there, whatever its status, and send first what was kept for it.
 
         Raises:
             ValueError: MLflow does not know it.
@@ -71,6 +76,11 @@ class Tracker:
                 f"{self.uri} has no MLflow run {run_id} ({error}); give the --storage or --tracking-uri of its training"
             ) from error
         self.run_id = run_id
+        kept = unsent_file(self._storage_root, run_id)
+        if storage.exists(kept):
+            self._unsent.extend(json.loads(storage.read_bytes(kept)))
+            self._is_kept = True
+            self._send_all()
 
     def resume(self, run_id: str) -> None:
         """Go on with a run: as `add_to`, and it is running again."""
@@ -96,25 +106,31 @@ class Tracker:
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         """Log metrics at a global step, now or when MLflow can be reached again."""
-        now = int(time.time() * 1000)
-        logged = [Metric(name, value, now, step) for name, value in metrics.items()]
-        self._send(lambda: self._client.log_batch(self.run_id, metrics=logged))
+        self._send({"metrics": metrics, "timestamp": int(time.time() * 1000), "step": step})
 
     def log_file(self, name: str, content: str) -> None:
         """Log a text as an artifact, now or when MLflow can be reached again."""
-        self._send(lambda: self._client.log_text(self.run_id, content, name))
+        self._send({"file": name, "content": content})
 
     def finish(self, *, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED; MLflow is waited for if it cannot be reached."""
-        self._send(lambda: self._client.set_terminated(self.run_id, status))
+        """End the run as FINISHED, FAILED or KILLED, and `wait`."""
+        self._send({"status": status})
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for MLflow until it has all records, or for five minutes."""
         given_up = time.monotonic() + MLFLOW_PATIENCE
         while self._unsent and time.monotonic() < given_up:
             time.sleep(1)
             self._send_all()
         if self._unsent:
-            print(f"MLflow {self.uri} is still away: {len(self._unsent)} of its records are lost", flush=True)
+            print(
+                f"MLflow {self.uri} is still away: {len(self._unsent)} of its records are kept in "
+                f"{unsent_file(self._storage_root, self.run_id)}; the same command again sends them",
+                flush=True,
+            )
 
-    def _send(self, record: Callable[[], Any]) -> None:
+    def _send(self, record: dict[str, Any]) -> None:
         self._unsent.append(record)
         if not self._away or time.monotonic() > self._try_again_at:
             self._send_all()
@@ -124,7 +140,7 @@ class Tracker:
         was_away, self._away = self._away, False
         while self._unsent and not self._away:
             try:
-                self._unsent[0]()
+                self._send_one(self._unsent[0])
                 self._unsent.popleft()
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 self._away = True
@@ -133,3 +149,27 @@ class Tracker:
                     print(f"MLflow {self.uri} does not answer; its records are sent later: {error}", flush=True)
         if was_away and not self._away:
             print(f"MLflow {self.uri} answers again and has all records", flush=True)
+        self._keep_unsent()
+
+    def _send_one(self, record: dict[str, Any]) -> None:
+        if "metrics" in record:
+            timestamp, step = record["timestamp"], record["step"]
+            metrics = [Metric(name, value, timestamp, step) for name, value in record["metrics"].items()]
+            self._client.log_batch(self.run_id, metrics=metrics)
+        elif "file" in record:
+            self._client.log_text(self.run_id, record["content"], record["file"])
+        else:
+            self._client.set_terminated(self.run_id, record["status"])
+
+    def _keep_unsent(self) -> None:
+        """Keep what is unsent in a file too, for a driver that is lost or gives up waiting."""
+        location = unsent_file(self._storage_root, self.run_id)
+        try:
+            if self._unsent:
+                storage.write_bytes(location, json.dumps(list(self._unsent)).encode())
+                self._is_kept = True
+            elif self._is_kept:
+                storage.delete(location)
+                self._is_kept = False
+        except OSError as error:
+            print(f"{location} cannot be written: {error}", flush=True)

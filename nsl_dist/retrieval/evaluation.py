@@ -316,6 +316,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         other = ("_unrelated" if manifest.digest != trained["digest"] else "") + ("_index" if config.eval.index else "")
         tracker.log({name + other: value for name, value in metrics_by_name(results).items()}, step=trained["step"])
         tracker.log_file(f"evaluations/{name}.json", content)
+        tracker.wait()
     print(f"\n{table({'': results})}\n{duration(time.monotonic() - started)} in all\nresults: {location}", flush=True)
     return results
 

@@ -48,6 +48,7 @@ from nsl_dist.runs import (
     newest_checkpoint,
     prune_checkpoints,
     step_of,
+    unsent_file,
 )
 from nsl_dist.training.relay import Relay
 from nsl_dist.training.schedule import Schedule
@@ -84,6 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check = ray.remote(_check_model).remote(config)
     config = _settle(config)
     run_dir = storage.join(config.storage, "runs", str(config.run_name))
+    _refuse_to_train_again(config, run_dir, opening)
     _refuse_to_change(config, run_dir)
 
     if config.data.root is None:
@@ -179,15 +181,27 @@ def _settle(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _refuse_to_train_again(config: TrainConfig, run_dir: str, opening: "Future[Tracker]") -> None:
+    """Refuse to go on with a run that is finished; MLflow is sent what it may still have to get of it.
+
+    Raises:
+        ValueError: the run is finished.
+
+    """
+    if storage.exists(storage.join(run_dir, "results.json")):
+        run_id = storage.read_bytes(storage.join(run_dir, "mlflow_run_id")).decode()
+        if storage.exists(unsent_file(config.storage, run_id)):
+            opening.result().add_to(run_id)
+        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
+
+
 def _refuse_to_change(config: TrainConfig, run_dir: str) -> None:
-    """Refuse to go on with a run that is finished, or that was started with what would make another run of it.
+    """Refuse to go on with a run that was started with what would make another run of it.
 
     Raises:
         ValueError: with the differences.
 
     """
-    if storage.exists(storage.join(run_dir, "results.json")):
-        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
     before = _started_with(run_dir)
     changed = differences(before, config) if before else []
     if changed:
@@ -379,8 +393,7 @@ def _drop_damaged_record(run_dir: str) -> None:
         json.loads(storage.read_bytes(location))
     except ValueError:
         print(f"{location} was cut off; it is deleted, and the newest whole checkpoint looked for", flush=True)
-        filesystem, path = storage.resolve(location)
-        filesystem.delete_file(path)
+        storage.delete(location)
 
 
 def _train_worker(setup: dict[str, Any]) -> None:

@@ -211,8 +211,10 @@ def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
     assert newest_checkpoint(str(tmp_path / "runs")) == str(blocked)
 
 
-def test_mlflow_that_is_away_for_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is logged while the server is down is there once it is up again."""
+def test_mlflow_that_is_away_for_a_while(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is logged while the server is down is there once it is up again, even if the run ended in between."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -246,12 +248,27 @@ def test_mlflow_that_is_away_for_a_while(tmp_path: Path, capsys: pytest.CaptureF
             tracker.log({"loss": float(step)}, step=step)
         server = serve()
         tracker.log({"loss": 5.0}, step=5)
-        tracker.finish(status="FINISHED")
-        history = mlflow.MlflowClient(f"http://127.0.0.1:{port}").get_metric_history(tracker.run_id, "loss")
-        assert [metric.step for metric in history] == [1, 2, 3, 4, 5]
+        tracker.wait()
+        client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
+        assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5]
         assert tracker.last_step("loss") == 5
+        said = capsys.readouterr().out
+        assert said.count("does not answer") == 1
+        assert "answers again and has all records" in said
+        assert list((tmp_path / "unsent").iterdir()) == []
+
+        stop(server)
+        monkeypatch.setattr("nsl_dist.tracking.MLFLOW_PATIENCE", 0.0)
+        tracker.log({"loss": 6.0}, step=6)
+        tracker.log_file("results.json", "{}")
+        tracker.finish(status="FINISHED")
+        kept = tmp_path / "unsent" / f"{tracker.run_id}.json"
+        assert f"3 of its records are kept in {kept}" in capsys.readouterr().out
+        server = serve()
+        Tracker(f"http://127.0.0.1:{port}", storage_root=str(tmp_path)).add_to(tracker.run_id)
+        assert not kept.exists()
+        assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+        assert client.get_run(tracker.run_id).info.status == "FINISHED"
+        assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["results.json"]
     finally:
         stop(server)
-    said = capsys.readouterr().out
-    assert said.count("does not answer") == 1
-    assert "answers again and has all records" in said
