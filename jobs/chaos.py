@@ -42,8 +42,8 @@ class ChaosConfig:
     """How long to kill; then the training is left in peace until its end."""
     victims: tuple[Victim, ...] = ("worker", "node", "driver", "head", "stop")
     """What to kill: training workers, nodes, the driver, the head with all; stop tells the driver to leave in order."""
-    seconds_between: float = 40.0
-    """Seconds from one to the next, on average; they are drawn from an exponential distribution."""
+    seconds_between: float = 10.0
+    """Seconds of training before the next, on average. One in five comes before the training is back."""
     num_workers: int = 2
     """Training workers; with other numbers in between, sums over them would round otherwise."""
     nodes: int = 2
@@ -55,7 +55,7 @@ class ChaosConfig:
     seed: int = 0
     """Of the kills."""
     storage: str | None = None
-    """Folder for runs and shards. None: one for temporary files."""
+    """Folder for runs and shards; an undisturbed training in it is not done again. None: one for temporary files."""
 
 
 class Nodes:
@@ -263,10 +263,11 @@ def main() -> None:
     nodes = Nodes(config.nodes)
     try:
         address, log = nodes.address(), storage / "undisturbed.log"
-        with Driver([*arguments, "--run-name=undisturbed"], address=address, log=log) as driver:
-            if driver.process.wait() != 0:
-                raise ValueError(f"the undisturbed training failed:\n{driver.output[-4000:]}")
-        print("undisturbed training done", flush=True)
+        if not (storage / "runs" / "undisturbed" / "results.json").exists():
+            with Driver([*arguments, "--run-name=undisturbed"], address=address, log=log) as driver:
+                if driver.process.wait() != 0:
+                    raise ValueError(f"the undisturbed training failed:\n{driver.output[-4000:]}")
+            print("undisturbed training done", flush=True)
         with Driver([*arguments, "--run-name=disturbed"], address=address, log=storage / "disturbed.log") as driver:
             kills = disturb(config, nodes, driver)
     finally:
@@ -290,20 +291,24 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
     rng = random.Random(config.seed)
     started = time.monotonic()
     kills: list[dict[str, Any]] = []
-    next_kill = started + rng.expovariate(1 / config.seconds_between)
+    attempts_before = 0
+    next_kill: float | None = None
     while True:
         time.sleep(0.2)
         now, attempts = time.monotonic(), driver.attempts
-        if kills and kills[-1]["recovered"] is None and len(attempts) > kills[-1]["attempts"]:
-            kills[-1]["recovered"] = now - kills[-1]["at"]
-            kills[-1]["again"] = max(0, kills[-1]["step"] - attempts[-1] + 1)
+        if len(attempts) > attempts_before:  # the training is back
+            attempts_before = len(attempts)
+            next_kill = now + rng.expovariate(1 / config.seconds_between)
+            if kills and kills[-1]["recovered"] is None:
+                kills[-1]["recovered"] = now - kills[-1]["at"]
+                kills[-1]["again"] = max(0, kills[-1]["step"] - attempts[-1] + 1)
         if (status := driver.process.poll()) is not None:
             if status == 0:
                 return kills
             driver.start(nodes.address())
-        if now < next_kill or now - started > 60 * config.minutes:
+        if next_kill is None or now < next_kill or now - started > 60 * config.minutes:
             continue
-        next_kill = now + rng.expovariate(1 / config.seconds_between)
+        next_kill = now + rng.uniform(0, 60) if rng.random() < 0.2 else None
         victim = rng.choice(config.victims)
         step = driver.step
         if victim == "worker" and not nodes.kill_worker(rng):
@@ -319,7 +324,7 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
             nodes.kill_all()
             driver.kill()
             nodes.start()
-        kills.append({"victim": victim, "at": now, "step": step, "attempts": len(attempts), "recovered": None})
+        kills.append({"victim": victim, "at": now, "step": step, "recovered": None})
         print(f"{duration(now - started):>12}  step {step:5,}  kill {len(kills)}: {victim}", flush=True)
 
 
