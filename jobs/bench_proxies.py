@@ -387,7 +387,7 @@ def rounds_that_fit(contestants: list[Contestant], config: BenchConfig, memory: 
 
 def measure(together: list[Contestant], config: BenchConfig, device: torch.device) -> list[tuple[list[float], int]]:
     """Return milliseconds of each step, the slowest worker's, and peak extra bytes, for each contestant."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # which imports this module once for all
     teams: list[list[Connection]] = []
     processes = []
     for contestant in together:

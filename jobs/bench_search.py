@@ -198,7 +198,7 @@ def tree_bytes(root: int) -> int:
 
 def measure(implementation: Implementation, vectors: EmbeddingSet, config: BenchConfig) -> tuple[float, int]:
     """Return seconds and peak bytes of one implementation."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # which imports this module once for all
     ours_end, theirs = context.Pipe()
     process = context.Process(target=compete, args=(implementation, vectors, config, theirs))
     process.start()

@@ -8,6 +8,7 @@ import numpy as np
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from nsl_dist.config import DataConfig
@@ -99,11 +100,10 @@ def planned_batches(
         }
 
     num_blocks = (last_step - first_step) * world_size
-    dataset = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
-        make_part,
-        batch_size=None,
-        num_cpus=1 if spare_cpus else 0,
-        compute=ray.data.TaskPoolStrategy(None if spare_cpus else 1),
+    num_cpus, num_tasks = (1, None) if spare_cpus else (0, 1)
+    turns = RangeDatasource(num_blocks, column_name="id")  # ray.data.range would ask for a CPU in any case
+    dataset = ray.data.read_datasource(turns, num_cpus=num_cpus, override_num_blocks=num_blocks).map_batches(
+        make_part, batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(num_tasks)
     )
     context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn

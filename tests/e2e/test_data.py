@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from nsl_dist.config import DataConfig
@@ -96,12 +97,17 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         open_data(str(tmp_path), layout=None, storage_root="unused", max_undecodable=0.0)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_worker_streams_its_part_of_the_plan(tmp_path: Path, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "spare_cpus"), [(1, True), (2, False), (4, True)])
+def test_every_worker_streams_its_part_of_the_plan(tmp_path: Path, world_size: int, spare_cpus: bool) -> None:
     split = shard(write_sop(tmp_path / "raw", SIZES), tmp_path / "shards").split("train")
     config = DataConfig(batch_size=8, images_per_class=2, image_size=16, rotation=10)
     plan = ClassBalancedPlan(split.sizes, 8, 2, seed=5)
-    iterators = planned_batches(plan, split, config, first_step=3, last_step=9, world_size=world_size)
+    num_held = ray.available_resources()["CPU"] - (1 if spare_cpus else 0)
+    hold = ray.util.placement_group([{"CPU": num_held}])
+    ray.get(hold.ready())
+    iterators = planned_batches(
+        plan, split, config, first_step=3, last_step=9, world_size=world_size, spare_cpus=spare_cpus
+    )
     part_size = 8 // world_size
 
     from concurrent.futures import ThreadPoolExecutor
@@ -109,8 +115,11 @@ def test_every_worker_streams_its_part_of_the_plan(tmp_path: Path, world_size: i
     def consume(rank: int) -> list[dict[str, np.ndarray]]:
         return list(iterators[rank].iter_batches(batch_size=part_size, batch_format="numpy"))
 
-    with ThreadPoolExecutor(world_size) as pool:  # the split waits for all workers
-        batches = list(pool.map(consume, range(world_size)))
+    try:
+        with ThreadPoolExecutor(world_size) as pool:  # the split waits for all workers
+            batches = list(pool.map(consume, range(world_size)))
+    finally:
+        ray.util.remove_placement_group(hold)
     assert {len(each) for each in batches} == {6}
     for turn, step in enumerate(range(3, 9)):
         whole = augment(fetch(plan.batch(step), split, config), range(8), config, seed=5, step=step)
