@@ -100,10 +100,14 @@ def planned_batches(
         }
 
     num_blocks = (last_step - first_step) * world_size
-    num_cpus, num_tasks = (1, None) if spare_cpus else (0, 1)
-    turns = RangeDatasource(num_blocks, column_name="id")  # ray.data.range would ask for a CPU in any case
-    dataset = ray.data.read_datasource(turns, num_cpus=num_cpus, override_num_blocks=num_blocks).map_batches(
-        make_part, batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(num_tasks)
+    # The same for reading, which is then done by the same tasks; ray.data.range would ask for a CPU in any case.
+    resources: dict[str, Any] = {
+        "num_cpus": 1 if spare_cpus else 0,
+        "compute": ray.data.TaskPoolStrategy(None if spare_cpus else 1),
+    }
+    turns = RangeDatasource(num_blocks, column_name="id")
+    dataset = ray.data.read_datasource(turns, override_num_blocks=num_blocks, **resources).map_batches(
+        make_part, batch_size=None, **resources
     )
     context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
