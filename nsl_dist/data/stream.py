@@ -71,8 +71,8 @@ def planned_batches(
         first_step: of the stream.
         last_step: one past its last.
         world_size: workers.
-        spare_cpus: whether the cluster has CPUs that no worker reserves. Without, one task at a time decodes on theirs;
-            it would wait for a CPU for ever.
+        spare_cpus: whether the cluster has CPUs that no worker reserves. Without, one process decodes on theirs: tasks
+            would wait for a CPU for ever.
 
     Returns:
         For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
@@ -99,15 +99,17 @@ def planned_batches(
             "rank": np.full(part_size, rank),
         }
 
+    class MakePart:
+        def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+            return make_part(rows)
+
     num_blocks = (last_step - first_step) * world_size
-    # The same for reading, which is then done by the same tasks; ray.data.range would ask for a CPU in any case.
-    resources: dict[str, Any] = {
-        "num_cpus": 1 if spare_cpus else 0,
-        "compute": ray.data.TaskPoolStrategy(None if spare_cpus else 1),
-    }
-    turns = RangeDatasource(num_blocks, column_name="id")
-    dataset = ray.data.read_datasource(turns, override_num_blocks=num_blocks, **resources).map_batches(
-        make_part, batch_size=None, **resources
+    # Ray ends processes beyond a node's CPUs after each task, but not an actor's.
+    num_cpus, work = (1, make_part) if spare_cpus else (0, MakePart)
+    compute = ray.data.TaskPoolStrategy() if spare_cpus else ray.data.ActorPoolStrategy(size=1)
+    turns = RangeDatasource(num_blocks, column_name="id")  # ray.data.range would ask for a CPU in any case
+    dataset = ray.data.read_datasource(turns, num_cpus=num_cpus, override_num_blocks=num_blocks).map_batches(
+        work, batch_size=None, num_cpus=num_cpus, compute=compute
     )
     context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
