@@ -194,6 +194,9 @@ class _Agreement:
         self._asked_at = self._written_at = time.monotonic()
         self._asked_step, self._next_step = first_step, first_step + 1
         self._preemption: Any = None
+        fewest, most = config.worker_range or (1, 1)
+        self._elastic = most > fewest
+        self._nodes = _live_nodes()
 
     def reached(self, step: int) -> _Agreed:
         """Return what to do after `step` iterations."""
@@ -208,12 +211,20 @@ class _Agreement:
             rate = (step - self._asked_step) / (now - self._asked_at)
             next_step = step + max(1, round(rate * AGREE_EVERY_SECONDS))
             leave = not self._orders.empty()
-            if due or noticed or leave:
+            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for.
+            nodes, before = _live_nodes(), self._nodes
+            grown, self._nodes = self._elastic and not nodes <= before, nodes
+            write = due or noticed or grown or leave
+            if write:
                 self._written_at = now
             self._asked_at, self._asked_step = now, step
-            answer = (_Agreed(checkpoint=due or noticed or leave, leave=leave), next_step)
+            answer = (_Agreed(checkpoint=write, leave=leave), next_step)
         agreed, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
         return agreed
+
+
+def _live_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class _Checkpoints:
