@@ -103,6 +103,16 @@ class Nodes:
         for pid in processes:
             _kill(pid)
 
+    def drain_node(self) -> None:
+        """Give notice of a node that is about to go, as clouds do of spot nodes."""
+        node = next(iter(self._cluster.worker_nodes))
+        command = [
+            str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address(), "--node-id",
+            str(node.node_id), "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+            "--deadline-remaining-seconds", "30",
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+
     def kill_worker(self, rng: random.Random) -> bool:
         """Kill one training worker; tell whether there was one."""
         nodes = [self._cluster.head_node, *self._cluster.worker_nodes]

@@ -134,6 +134,8 @@ class Tracker:
         self._unsent.append(record)
         if not self._away or time.monotonic() > self._try_again_at:
             self._send_all()
+        else:
+            self._keep_unsent()
 
     def _send_all(self) -> None:
         """Send what is unsent, in order, up to the first that fails."""

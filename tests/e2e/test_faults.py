@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import DamagedShardError, _open_shard, load_manifest, open_data
 from nsl_dist.data.stream import fetch
 from nsl_dist.data.transforms import augment
-from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint
+from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
 from nsl_dist.tracking import Tracker
 from nsl_dist.training.checkpoint import Checkpointer
 from nsl_dist.training.run import _refuse_to_change, train
@@ -71,42 +74,47 @@ def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
     write(training, Path(run_dir).with_name("undisturbed") / checkpoint_name(step + 1), step=step + 1)
 
 
+@contextmanager
+def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> Iterator[tuple[Nodes, Driver]]:
+    """Nodes, and a training on them in a process of its own."""
+    ray.shutdown()  # that of other tests
+    root = write_sop(tmp_path / "raw", SIZES)
+    small = [
+        "--max-failures=-1", "--tracking.every=5", "--data.batch-size=12", "--data.images-per-class=2",
+        "--data.image-size=32", "--model.dim=16", "--model.backbone=shufflenet_v2_x0_5",
+        "--eval.no-nmi",
+    ]  # fmt: skip
+    arguments = [f"--data.root={root}", f"--storage={tmp_path}", f"--run-name={run_name}", *small, *flags]
+    with NodesManager() as manager:
+        nodes = manager.Nodes(num_nodes)  # type: ignore[attr-defined]
+        try:
+            with Driver(arguments, address=nodes.address(), log=tmp_path / "log") as driver:
+                yield nodes, driver
+        finally:
+            nodes.kill_all()
+
+
 @pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path: Path) -> None:
     """A worker, a node and the head are killed, the driver is told to stop: the run ends as if nothing had been."""
-    ray.shutdown()  # that of other tests
-    root = write_sop(tmp_path / "raw", SIZES)
-    arguments = [
-        f"--data.root={root}", f"--storage={tmp_path}", "--run-name=disturbed", "--num-workers=2", "--max-failures=-1",
-        "--checkpoint.every=10", "--tracking.every=5", "--optim.epochs=10", "--data.batch-size=12",
-        "--data.images-per-class=2", "--data.image-size=32", "--model.dim=16", "--proxies.sample-rate=0.5",
-        "--model.backbone=shufflenet_v2_x0_5",
-        "--eval.no-nmi",
-    ]  # fmt: skip
-    manager = NodesManager()
-    manager.start()
-    nodes = manager.Nodes(2)  # type: ignore[attr-defined]
-    try:
-        with Driver(arguments, address=nodes.address(), log=tmp_path / "log") as driver:
-            driver.wait_for_step(15)
-            rng = random.Random(0)
-            assert nodes.kill_worker(rng)
-            driver.wait_for_attempt(2)
-            driver.wait_for_step(40)
-            nodes.kill_node(rng)
-            nodes.add()
-            driver.wait_for_attempt(3)
-            driver.wait_for_step(65)
-            driver.process.terminate()
-            assert driver.process.wait(120) == 143, driver.output
-            stopped_at = driver.step
-            nodes.kill_all()
-            nodes.start()
-            driver.start(nodes.address())
-            assert driver.process.wait(600) == 0, driver.output
-    finally:
+    flags = ["--num-workers=2", "--checkpoint.every=10", "--optim.epochs=10", "--proxies.sample-rate=0.5"]
+    with started(2, tmp_path, "disturbed", flags) as (nodes, driver):
+        driver.wait_for_step(15)
+        rng = random.Random(0)
+        assert nodes.kill_worker(rng)
+        driver.wait_for_attempt(2)
+        driver.wait_for_step(40)
+        nodes.kill_node(rng)
+        nodes.add()
+        driver.wait_for_attempt(3)
+        driver.wait_for_step(65)
+        driver.process.terminate()
+        assert driver.process.wait(120) == 143, driver.output
+        stopped_at = driver.step
         nodes.kill_all()
-        manager.shutdown()
+        nodes.start()
+        driver.start(nodes.address())
+        assert driver.process.wait(600) == 0, driver.output
 
     first, after_worker, after_node, after_stop = driver.attempts
     assert first == 1
@@ -126,6 +134,29 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
     assert steps[-1] == 10 * 11
     results = json.loads((tmp_path / "runs" / "disturbed" / "results.json").read_text())
     assert results["num_queries"] == 20
+
+
+@pytest.mark.slow
+def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
+    """The head has room for one worker, so has each node; one comes, and one is drained as spot nodes are."""
+    flags = ["--num-workers=1..3", "--checkpoint.every=1000", "--optim.epochs=1000"]
+    with started(1, tmp_path, "elastic", flags) as (nodes, driver):
+        driver.wait_for_step(20)
+        nodes.add()
+        driver.wait_for_attempt(2)
+        driver.wait_for_step(driver.attempts[1] + 20)
+        nodes.drain_node()
+        driver.wait_for_attempt(3)
+        driver.wait_for_step(driver.attempts[2] + 20)
+        driver.process.terminate()
+        assert driver.process.wait(120) == 143, driver.output
+        stopped_at = driver.step
+    workers = re.findall(r"training (?:goes on )?on (\d) workers", driver.output)
+    assert workers == ["2", "3", "2"]
+    _, after_growth, after_notice = driver.attempts
+    assert after_growth > 20  # a checkpoint was written for it
+    assert after_notice > after_growth + 20
+    assert step_of(newest_checkpoint(str(tmp_path / "runs" / "elastic")) or "") >= stopped_at
 
 
 @pytest.mark.usefixtures("cluster")

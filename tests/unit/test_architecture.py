@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "nsl_dist"
 LAYERS = {
     "config": 0, "storage": 0, "device": 0, "cluster": 0, "progress": 0, "mapped": 0,
-    "recipes": 1, "data": 1, "model": 1, "proxies": 1, "tracking": 1, "runs": 1, "commandline": 2, "embedder": 2,
+    "recipes": 1, "data": 1, "model": 1, "proxies": 1, "runs": 1, "tracking": 2, "commandline": 2, "embedder": 2,
     "retrieval": 3, "training": 4,
 }  # fmt: skip
 
