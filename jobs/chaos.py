@@ -166,8 +166,9 @@ class Driver:
 
     @property
     def step(self) -> int:
-        """The last iteration that it has shown."""
-        return max((int(found) for found in re.findall(r"^step (\d+)/", self.output.replace(",", ""), re.M)), default=0)
+        """The iteration that it has shown last."""
+        found = re.findall(r"^step (\d+)/", self.output.replace(",", ""), re.M)
+        return int(found[-1]) if found else 0
 
     @property
     def attempts(self) -> list[int]:
