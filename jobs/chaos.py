@@ -59,11 +59,11 @@ class ChaosConfig:
 
 
 class Nodes:
-    """Several Ray nodes on this machine: a head for the driver and the data, and others with a CPU or more each."""
+    """Several Ray nodes on this machine: a head for the driver and the data, and others, with a CPU each."""
 
-    def __init__(self, count: int, *, head_cpus: int = 1, cpus: int = 1) -> None:
+    def __init__(self, count: int) -> None:
         os.environ |= ENVIRONMENT  # before Ray is imported
-        self._count, self._head_cpus, self._cpus = count, head_cpus, cpus
+        self._count = count
         self.start()
 
     def start(self) -> None:
@@ -76,7 +76,7 @@ class Nodes:
             initialize_head=True,
             shutdown_at_exit=False,  # which only the main thread can arrange for; `kill_all` does it
             head_node_args={
-                "num_cpus": self._head_cpus, "node_ip_address": "127.0.0.1", "object_store_memory": memory,
+                "num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": memory,
                 "include_dashboard": True, "dashboard_host": "127.0.0.1",
             },
         )  # fmt: skip
@@ -90,7 +90,7 @@ class Nodes:
     def add(self) -> None:
         """Add a node; its own address keeps the driver away from it."""
         self._cluster.add_node(
-            num_cpus=self._cpus, node_ip_address=f"127.0.0.{self._next_address}", object_store_memory=100 * 2**20
+            num_cpus=1, node_ip_address=f"127.0.0.{self._next_address}", object_store_memory=100 * 2**20
         )
         self._next_address += 1
 

@@ -58,6 +58,11 @@ def _outcome(reference: Any) -> Any:
         return error
 
 
+def live_nodes() -> list[dict[str, Any]]:
+    """Return what Ray says of the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def require(*, cpus: float, gpus: float, why: str) -> None:
     """Refuse a cluster that cannot run the plan, which would otherwise wait for ever without a word.
 

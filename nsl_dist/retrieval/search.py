@@ -394,7 +394,7 @@ def open_gallery(
     """
     if embeddings.num_vectors > MOST_IDS:
         raise ValueError(f"{embeddings.num_vectors:,} vectors in one gallery: {MOST_IDS:,} is the most")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in cluster.live_nodes()]
     gpus = num_gpus if "float" in kinds and exact else 0
     num_shards = min(config.num_shards or gpus or len(nodes), embeddings.num_vectors)
     gpus = min(gpus, num_shards)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from ray.util.queue import Queue
 
-from nsl_dist import storage
+from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DamagedShardError, Manifest, Split
@@ -196,7 +196,7 @@ class _Agreement:
         self._preemption: Any = None
         fewest, most = config.worker_range or (1, 1)
         self._elastic = most > fewest
-        self._nodes = _live_nodes()
+        self._nodes = self._nodes_of_elastic()
 
     def reached(self, step: int) -> _Agreed:
         """Return what to do after `step` iterations."""
@@ -212,8 +212,8 @@ class _Agreement:
             next_step = step + max(1, round(rate * AGREE_EVERY_SECONDS))
             leave = not self._orders.empty()
             # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for.
-            nodes, before = _live_nodes(), self._nodes
-            grown, self._nodes = self._elastic and not nodes <= before, nodes
+            nodes, before = self._nodes_of_elastic(), self._nodes
+            grown, self._nodes = not nodes <= before, nodes
             write = due or noticed or grown or leave
             if write:
                 self._written_at = now
@@ -222,9 +222,9 @@ class _Agreement:
         agreed, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
         return agreed
 
-
-def _live_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    def _nodes_of_elastic(self) -> set[str]:
+        """Return the nodes of the cluster; none where it does not matter."""
+        return {node["NodeID"] for node in cluster.live_nodes()} if self._elastic and self._rank == 0 else set()
 
 
 class _Checkpoints:

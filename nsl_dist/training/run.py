@@ -167,9 +167,8 @@ def _settle(config: TrainConfig) -> TrainConfig:
     if config.threads is None:
         before = _started_with(storage.join(config.storage, "runs", run_name))
         # A node may be less than a machine, and a Ray of our own have more CPUs than its machine.
-        num_nodes = sum(node["Alive"] for node in ray.nodes())
         cores, cpus = os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])
-        threads = max(1, min(cores // math.ceil(most / num_nodes), cpus // most))
+        threads = max(1, min(cores // math.ceil(most / len(cluster.live_nodes())), cpus // most))
         config = dataclasses.replace(config, threads=before.threads if before else threads)
 
     cluster.require(

@@ -25,10 +25,11 @@ CONFIG = TrainConfig(
     data=DataConfig(batch_size=12, images_per_class=2, image_size=32),
     model=ModelConfig(backbone="resnet18", dim=16, batch_norm="frozen"),  # free of batch statistics
     proxies=ProxyConfig(sample_rate=1.0),
-    optim=OptimConfig(epochs=14, new_layers_epochs=1, lr=0.001, warmup_steps=3),
+    optim=OptimConfig(epochs=4, new_layers_epochs=1, lr=0.01, warmup_steps=3),
 )
 PLAN = ClassBalancedPlan(np.full(11, 5), batch_size=12, images_per_class=2, seed=0)  # 4 steps an epoch, 11 classes
 NUM_STEPS = 10
+LONG = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, epochs=15, lr=0.001))
 
 
 def images_of(step: int) -> torch.Tensor:
@@ -46,10 +47,10 @@ def train(
     last_step: int,
     load: Path | None,
     proxies: ProxyConfig = CONFIG.proxies,
-    smooth: bool = False,
+    long: bool = False,
 ) -> TrainingStep:
     training = TrainingStep(
-        dataclasses.replace(CONFIG, proxies=proxies),
+        LONG if long else dataclasses.replace(CONFIG, proxies=proxies),
         num_classes=PLAN.num_classes,
         steps_per_epoch=PLAN.steps_per_epoch,
         device=torch.device("cpu"),
@@ -57,7 +58,7 @@ def train(
         world_size=world_size,
         group=dist.group.WORLD if world_size > 1 else None,
     )
-    if smooth:
+    if long:
         remove_kinks(training.model)
     if load is not None:
         loaded = checkpoint.load(str(load), training, digest="d")
@@ -144,7 +145,7 @@ def interrupt_and_compare(rank: int, world_size: int, folder: Path, step: int, p
 def go_on(rank: int, world_size: int, folders: list[Path], first_step: int, last_step: int) -> None:
     """Train from the checkpoint in one folder, or from the start, and write another."""
     load = folders[0] if first_step > 0 else None
-    training = train(rank, world_size, first_step=first_step, last_step=last_step, load=load, smooth=True)
+    training = train(rank, world_size, first_step=first_step, last_step=last_step, load=load, long=True)
     write(training, folders[1], step=last_step)
 
 

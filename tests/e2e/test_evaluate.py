@@ -1,4 +1,4 @@
-"""Every layout from raw images to an evaluated model, by its jobs; and what can go wrong in an evaluation."""
+"""From raw images to an evaluated model, by the jobs; every layout evaluated; what can go wrong in an evaluation."""
 
 import dataclasses
 import json
@@ -99,11 +99,13 @@ def test_other_layouts_are_evaluated(layout: str, write, ks, config, storage, tm
     job(monkeypatch, "evaluate", f"--checkpoint={config.checkpoint}", f"--storage={storage}", *raw, "--eval.no-nmi")
     results = results_of_evaluation(storage)
     assert list(results["recall"]["float"]) == ks
+    assert results["bytes_per_vector"] == {"float": 64, "binary": 2}
     if layout == "inshop":
         assert (results["num_queries"], results["num_gallery"], results["num_queries_without_match"]) == (4, 5, 1)
         assert results["recall"]["float"]["50"] == 3 / 4  # all but the query whose class the gallery lacks
     else:
         assert (results["num_queries"], results["num_queries_without_match"]) == (11, 1)
+        assert results["recall"]["binary"][ks[-1]] <= 10 / 11
 
 
 @pytest.fixture

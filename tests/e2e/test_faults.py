@@ -160,10 +160,8 @@ def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_damaged_shard_is_left_out_then_a_loss_that_is_nan_ends_the_run(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The first is mended by starting again without its classes; the second would come again, and is not tried."""
+def test_lasting_errors_end_the_run_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A damaged shard does; with the flag the run starts again without its classes, up to a loss that is nan."""
     root = write_sop(tmp_path / "raw", SIZES)
     manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
     split = manifest.split("train")
@@ -173,10 +171,14 @@ def test_a_damaged_shard_is_left_out_then_a_loss_that_is_nan_ends_the_run(
         storage=str(tmp_path),
         run_name="faults",
         max_failures=1,
-        data=DataConfig(root=str(root), batch_size=10, images_per_class=2, image_size=32, max_damaged_shards=1),
+        data=DataConfig(root=str(root), batch_size=10, images_per_class=2, image_size=32),
         model=ModelConfig(dim=16),
         optim=OptimConfig(epochs=8, lr=1e18, warmup_steps=0),
     )
+    with pytest.raises(TrainingError, match=f"shard .*{split.shard_names[0]}"):
+        train(config)
+    assert ": training " not in capfd.readouterr().out
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_damaged_shards=1))
     message = r"step \d+: embeddings are nan or infinite: \d+ of the 10 of worker 0(.|\n)*The last checkpoint is none"
     with pytest.raises(TrainingError, match=message):
         train(config)
