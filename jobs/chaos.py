@@ -298,9 +298,12 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
         For each kill its victim, when (`at`) and at which `step`, the seconds until the next step (`recovered`) and the
         steps done `again`, both None where another kill came first.
 
+    Raises:
+        ValueError: the driver failed though nothing was killed since it was started.
+
     """
     rng = random.Random(config.seed)
-    started = time.monotonic()
+    started = driver_started = time.monotonic()
     kills: list[dict[str, Any]] = []
     attempts_before = 0
     next_kill: float | None = None
@@ -316,7 +319,10 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
         if (status := driver.process.poll()) is not None:
             if status == 0:
                 return kills
+            if not kills or kills[-1]["at"] < driver_started:
+                raise ValueError(f"the disturbed training ended by itself:\n{driver.output[-4000:]}")
             driver.start(nodes.address())
+            driver_started = now
         if next_kill is None or now < next_kill or now - started > 60 * config.minutes:
             continue
         next_kill = now + rng.uniform(0, 60) if rng.random() < 0.2 else None

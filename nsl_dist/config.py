@@ -42,7 +42,8 @@ class DataConfig:
     max_undecodable: float = 0.01
     """Share of the images that may fail to decode when a raw folder is sharded; they are listed and left out."""
     max_damaged_shards: int = 0
-    """Shards that may turn out damaged or missing in mid-run: from then on no batch has their classes. More stop it."""
+    """Shards that may turn out damaged or missing in mid-run; more stop it. The workers start again, which counts among
+    --max-failures, and from then on no batch has their classes."""
 
     def __post_init__(self) -> None:
         _require(self.max_damaged_shards >= 0, f"--data.max-damaged-shards {self.max_damaged_shards} must be >= 0")

@@ -14,6 +14,9 @@ RUN_FILE = "run.json"
 LEFT_OUT_FILE = "left_out.json"  # of a run: shards that turned out damaged
 BEST = "best"  # of a run: the best model among those evaluated
 CONFIG_FILE = "config.json"  # of a run: what it was started with
+DIGEST_FILE = "data_digest"  # of a run: that of its data
+MLFLOW_ID_FILE = "mlflow_run_id"  # of a run: MLflow's own name of it
+RESULTS_FILE = "results.json"  # of a run that is finished
 _CHECKPOINT = re.compile(r"checkpoint_\d{9}")
 
 
@@ -56,7 +59,7 @@ def rows_file(rank: int, world_size: int) -> str:
 
 def newest_checkpoint(run_dir: str) -> str | None:
     """Return the newest whole checkpoint below a folder or URI of a run, if there is one."""
-    for name in sorted(_names(run_dir), reverse=True):
+    for name in sorted(_sizes(run_dir), reverse=True):
         location = storage.join(run_dir, name)
         if _CHECKPOINT.fullmatch(name) and _is_whole(location):
             return location
@@ -69,17 +72,19 @@ def left_out_shards(run_dir: str) -> list[str]:
     return list(json.loads(storage.read_bytes(location))) if storage.exists(location) else []
 
 
-def prune_checkpoints(run_dir: str, *, keep: int) -> None:
-    """Delete all but the newest checkpoints of a run that has ended, those half written before a crash included."""
+def prune_checkpoints(run_dir: str, *, keep: int | None) -> None:
+    """Delete the checkpoints of a run that a crash left half written, and all whole ones but the newest `keep`."""
     filesystem, path = storage.resolve(run_dir)
-    names = sorted(name for name in _names(run_dir) if _CHECKPOINT.fullmatch(name))
-    for name in names[:-keep]:
+    names = [name for name in sorted(_sizes(run_dir)) if _CHECKPOINT.fullmatch(name)]
+    whole = [name for name in names if _is_whole(storage.join(run_dir, name))]
+    kept = whole if keep is None else whole[-keep:]
+    for name in set(names).difference(kept):
         filesystem.delete_dir(f"{path}/{name}")
 
 
 def _is_whole(checkpoint: str) -> bool:
-    """Tell whether all files of a checkpoint are there; each appears complete or not at all."""
-    there = _names(checkpoint)
+    """Tell whether all files of a checkpoint are there, with something in them; each appears complete or not at all."""
+    there = {name for name, size in _sizes(checkpoint).items() if size}
     if RUN_FILE not in there:
         return False
     world_size = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["world_size"]
@@ -87,6 +92,7 @@ def _is_whole(checkpoint: str) -> bool:
     return there >= rows | {MODEL_FILE, DESCRIPTION_FILE, OPTIMIZER_FILE}
 
 
-def _names(location: str) -> set[str]:
+def _sizes(location: str) -> dict[str, int | None]:
+    """Return the bytes of each file in a folder, None of each folder in it; nothing of a folder that is not there."""
     filesystem, path = storage.resolve(location)
-    return {info.base_name for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))}
+    return {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))}

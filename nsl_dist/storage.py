@@ -1,13 +1,17 @@
 """Where files live: local paths and URIs, resolved the same way everywhere."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
+
+PATIENCE = 15 * 60  # seconds that storage may fail before the work does
+Result = TypeVar("Result")
 
 
 def absolute(location: str) -> str:
@@ -76,19 +80,58 @@ def delete(location: str) -> None:
 
 @contextmanager
 def open_output(location: str) -> Iterator[Any]:
-    """Open a file for writing, its folders made as needed; it appears complete or, on a local disk, not at all."""
+    """Open a file for writing, its folders made as needed; it appears complete or not at all."""
     filesystem, path = resolve(location)
     filesystem.create_dir(os.path.dirname(path), recursive=True)
-    partial = f"{path}.partial-{os.getpid()}" if isinstance(filesystem, fs.LocalFileSystem) else path
-    try:
-        with filesystem.open_output_stream(partial) as stream:
+    if not isinstance(filesystem, fs.LocalFileSystem):  # object stores show an object once it is complete
+        with filesystem.open_output_stream(path) as stream:
             yield stream
+        return
+    partial = Path(f"{path}.partial-{os.getpid()}")
+    try:
+        with filesystem.open_output_stream(str(partial)) as stream:
+            yield stream
+        with partial.open("rb") as file:
+            os.fsync(file)  # or a power cut may leave the name without the content
     except BaseException:
-        with suppress(OSError):  # the first error is the one to tell
-            filesystem.delete_file(partial)
+        partial.unlink(missing_ok=True)
         raise
-    if partial != path:
-        filesystem.move(partial, path)
+    partial.rename(path)
+
+
+def _say(error: OSError) -> None:
+    print(f"storage fails: {error}; trying again", flush=True)
+
+
+def patiently(work: Callable[[], Result], *, on_failure: Callable[[OSError], None] = _say) -> Result:
+    """Do some work with storage, again for a quarter of an hour where storage fails.
+
+    Args:
+        work: may be done more than once.
+        on_failure: called each time that storage fails.
+
+    Returns:
+        What `work` does.
+
+    Raises:
+        FileNotFoundError: at once; storage that says so has not failed.
+        OSError: it fails for longer.
+
+    """
+    failing_since: float | None = None
+    pause = 1.0
+    while True:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            failing_since = failing_since or time.monotonic()
+            if time.monotonic() - failing_since > PATIENCE:
+                raise
+            on_failure(error)
+            time.sleep(pause)
+            pause = min(2 * pause, 60.0)
 
 
 def check_writable(location: str) -> None:

@@ -31,13 +31,14 @@ class Tracker:
 
     """
 
-    def __init__(self, uri: str | None, *, storage_root: str) -> None:
+    def __init__(self, uri: str | None, *, storage_root: str, may_be_away: bool = False) -> None:
         """Connect; the first time, MLflow sets its database up for seconds.
 
         Args:
             uri: MLflow server or database; None: a SQLite database in `storage_root`, or where that is remote in the
                 user's own folder.
             storage_root: folder or URI of the runs.
+            may_be_away: for a run that goes on, which need not wait for it.
 
         Raises:
             ValueError: the tracking URI cannot be used.
@@ -49,6 +50,7 @@ class Tracker:
         self._is_kept = False  # whether there is a file
         self._away = False
         self._try_again_at = 0.0
+        self._last_step: int | None = None  # of the records that are logged once
         # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -58,7 +60,8 @@ class Tracker:
         self.uri = _CREDENTIALS.sub("://***@", uri)
         try:
             self._client = MlflowClient(tracking_uri=uri)
-            self._client.search_experiments(max_results=1)
+            if not may_be_away:
+                self._client.search_experiments(max_results=1)
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise ValueError(f"the tracking URI {self.uri} cannot be used: {error}") from error
 
@@ -72,9 +75,11 @@ class Tracker:
         try:
             self._client.get_run(run_id)
         except mlflow.exceptions.MlflowException as error:
-            raise ValueError(
-                f"{self.uri} has no MLflow run {run_id} ({error}); give the --storage or --tracking-uri of its training"
-            ) from error
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise ValueError(
+                    f"{self.uri} has no MLflow run {run_id} ({error}); give the storage or tracking URI of its training"
+                ) from error
+            # Otherwise it is away, as the first record will find.
         self.run_id = run_id
         kept = unsent_file(self._storage_root, run_id)
         if storage.exists(kept):
@@ -85,7 +90,7 @@ class Tracker:
     def resume(self, run_id: str) -> None:
         """Go on with a run: as `add_to`, and it is running again."""
         self.add_to(run_id)
-        self._client.update_run(run_id, status="RUNNING")
+        self._send({"status": "RUNNING"})
 
     def start(self, config: TrainConfig, *, experiment: str, digest: str) -> None:
         """Create a run with the configuration and the data's digest as parameters."""
@@ -100,13 +105,17 @@ class Tracker:
         params["data.digest"] = digest
         self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
 
-    def last_step(self, name: str) -> int:
-        """Return the last step at which a metric was logged; 0 where it was not yet."""
-        return max((metric.step for metric in self._client.get_metric_history(self.run_id, name)), default=0)
+    def log(self, metrics: dict[str, float], *, step: int, once: bool = False) -> None:
+        """Log metrics at a global step, now or when MLflow can be reached again.
 
-    def log(self, metrics: dict[str, float], *, step: int) -> None:
-        """Log metrics at a global step, now or when MLflow can be reached again."""
-        self._send({"metrics": metrics, "timestamp": int(time.time() * 1000), "step": step})
+        Args:
+            metrics: by name.
+            step: iterations before them.
+            once: leave them out where the run has the first of them at this step or a later one: steps that are done
+                again after a failure.
+
+        """
+        self._send({"metrics": metrics, "timestamp": int(time.time() * 1000), "step": step, "once": once})
 
     def log_file(self, name: str, content: str) -> None:
         """Log a text as an artifact, now or when MLflow can be reached again."""
@@ -156,12 +165,25 @@ class Tracker:
     def _send_one(self, record: dict[str, Any]) -> None:
         if "metrics" in record:
             timestamp, step = record["timestamp"], record["step"]
+            if record["once"] and step <= self._last_step_of(next(iter(record["metrics"]))):
+                return
             metrics = [Metric(name, value, timestamp, step) for name, value in record["metrics"].items()]
             self._client.log_batch(self.run_id, metrics=metrics)
+            if record["once"]:
+                self._last_step = step
         elif "file" in record:
             self._client.log_text(self.run_id, record["content"], record["file"])
+        elif record["status"] == "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
         else:
             self._client.set_terminated(self.run_id, record["status"])
+
+    def _last_step_of(self, name: str) -> int:
+        """Return the last step at which the metric of the records that are logged once was logged."""
+        if self._last_step is None:
+            history = self._client.get_metric_history(self.run_id, name)
+            self._last_step = max((metric.step for metric in history), default=0)
+        return self._last_step
 
     def _keep_unsent(self) -> None:
         """Keep what is unsent in a file too, for a driver that is lost or gives up waiting."""

@@ -31,6 +31,7 @@ from nsl_dist.data.synthetic import write_products
 from nsl_dist.progress import Progress
 
 FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
 SHARD_BYTES = 64 * 2**20
 MIN_SHARDS = 8  # of a split, so that small data sets are read and embedded in parallel too
 READ_AGAIN_AFTER = (1.0, 4.0)  # seconds: object stores fail now and then
@@ -108,21 +109,23 @@ class Split:
         """Read the images of one class, all of them, in their fixed order.
 
         Raises:
-            DamagedShardError: their shard cannot be read, not even when tried again.
+            DamagedShardError: their shard cannot be read, not even when tried again, while others can.
+            OSError: storage is away for long.
 
         """
         name = self.shard_names[self.shards[label]]
         location = storage.join(self.root, name)
-        attempts = len(READ_AGAIN_AFTER)
+        pauses = iter(READ_AGAIN_AFTER)
         while True:
             try:
                 return _open_shard(location).read_row_group(int(self.row_groups[label]), columns=columns)
             except (OSError, pa.ArrowException) as error:
-                if attempts == 0:
+                storage.patiently(lambda: storage.read_bytes(storage.join(self.root, MANIFEST_FILE)))
+                pause = next(pauses, None)
+                if pause is None:
                     raise DamagedShardError(name, f"{location}: {error}") from error
                 _open_shard.cache_clear()
-                time.sleep(READ_AGAIN_AFTER[-attempts])
-                attempts -= 1
+                time.sleep(pause)
 
 
 @functools.lru_cache(maxsize=256)
@@ -179,7 +182,7 @@ class Manifest:
 
 def is_prepared(root: str) -> bool:
     """Tell whether a folder holds finished shards."""
-    return storage.exists(storage.join(root, "manifest.json"))
+    return storage.exists(storage.join(root, MANIFEST_FILE))
 
 
 def load_manifest(root: str) -> Manifest:
@@ -190,7 +193,7 @@ def load_manifest(root: str) -> Manifest:
 
     """
     root = storage.absolute(root)
-    location = storage.join(root, "manifest.json")
+    location = storage.join(root, MANIFEST_FILE)
     try:
         content = json.loads(storage.read_bytes(location))
         version = content["version"]
@@ -339,7 +342,7 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
         "undecodable": [image for report in reports for image in report["undecodable"]],
         "shards": shards,
     }
-    storage.write_bytes(storage.join(out, "manifest.json"), json.dumps(content, indent=1).encode())
+    storage.write_bytes(storage.join(out, MANIFEST_FILE), json.dumps(content, indent=1).encode())
     return load_manifest(out)
 
 

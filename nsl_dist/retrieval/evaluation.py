@@ -242,13 +242,13 @@ def evaluate_checkpoint(
 def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
     """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
     best = storage.join(run_dir, BEST)
-    score = next(iter(results["recall"]["float"].values()))
+    k, recall = next(iter(results["recall"]["float"].items()))
     scored = storage.join(best, "score.json")
-    if storage.exists(scored) and json.loads(storage.read_bytes(scored)) >= score:
+    if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= recall:
         return
     for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):
         storage.write_bytes(storage.join(best, name), storage.read_bytes(storage.join(checkpoint, name)))
-    storage.write_bytes(scored, json.dumps(score).encode())
+    storage.write_bytes(scored, json.dumps({f"recall@{k}": recall}).encode())
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

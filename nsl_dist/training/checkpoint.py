@@ -13,9 +13,9 @@ checkpoint whose files are all there is whole: each appears complete or not at a
 """
 
 import dataclasses
+import functools
 import json
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,11 +29,10 @@ from nsl_dist.embedder import describe, load_weights, weights_of
 from nsl_dist.mapped import map_file
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, rows_file
-from nsl_dist.training.row_files import RowFile, write_rows
+from nsl_dist.training.row_files import read_rows, write_rows
 from nsl_dist.training.step import TrainingStep
 
 HISTORY = "proxies."  # before the names of the proxies' history, beside those of parameters
-STORAGE_PATIENCE = 15 * 60  # seconds that storage may fail before training does
 
 
 class Checkpointer:
@@ -84,7 +83,7 @@ class Checkpointer:
     def write(self, location: str, *, on_failure: Callable[[OSError], None]) -> None:
         """Write the copy into a folder or URI, the same for all workers: each its own rows, the first all the rest.
 
-        Storage that fails is tried again for a quarter of an hour; the next `copy` waits for it.
+        Storage that fails is tried again (see `storage.patiently`); the next `copy` waits for it.
 
         Args:
             location: of the checkpoint.
@@ -94,20 +93,9 @@ class Checkpointer:
             OSError: it fails for longer.
 
         """
-        started, pause = time.monotonic(), 1.0
-        try:
-            while True:
-                try:
-                    self._write(location)
-                    return
-                except OSError as error:
-                    if time.monotonic() - started > STORAGE_PATIENCE:
-                        raise
-                    on_failure(error)
-                    time.sleep(pause)
-                    pause = min(2 * pause, 60.0)
-        finally:
-            self._written.set()
+        storage.patiently(lambda: self._write(location), on_failure=on_failure)
+        # Not before: Ray Train may try again what failed for longer, and the copy must still be of this step.
+        self._written.set()
 
     def _write(self, location: str) -> None:
         partition, config = self._training.proxies.partition, self._training.config
@@ -152,7 +140,11 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
         ValueError: the checkpoint belongs to other data or another number of classes, or it is damaged.
 
     """
-    run = json.loads(storage.read_bytes(storage.join(location, RUN_FILE)))
+
+    def read(name: str) -> bytes:
+        return storage.patiently(lambda: storage.read_bytes(storage.join(location, name)))
+
+    run = json.loads(read(RUN_FILE))
     partition = training.proxies.partition
     if (run["digest"], run["num_classes"]) != (digest, partition.num_classes):
         raise ValueError(
@@ -161,21 +153,18 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
         )
     step = int(run["step"])
     training.begin_phase(max(step - 1, 0))  # that of the step before, whose optimiser was saved
-    weights = storage.read_bytes(storage.join(location, MODEL_FILE))
+    weights, content = read(MODEL_FILE), read(OPTIMIZER_FILE)
     load_weights(training.model, weights, location=location)
-    content = storage.read_bytes(storage.join(location, OPTIMIZER_FILE))
     state = load_safetensors(content)
     num_bytes = len(weights) + len(content)
     rows = training.proxies.overwrite()
     for rank in range(run["world_size"]):
         saved = Partition(partition.num_classes, rank, run["world_size"])
         first, last = max(saved.start, partition.start), min(saved.stop, partition.stop)
-        if first >= last:
-            continue
-        with RowFile(storage.join(location, rows_file(rank, run["world_size"]))) as file:
-            for name, tensor in rows.items():
-                file.read_into(name, tensor[first - partition.start : last - partition.start], first_row=first)
-            num_bytes += file.bytes_read
+        if first < last:
+            ours = {name: tensor[first - partition.start : last - partition.start] for name, tensor in rows.items()}
+            path = storage.join(location, rows_file(rank, run["world_size"]))
+            num_bytes += storage.patiently(functools.partial(read_rows, path, ours, first_row=first))
     training.proxies.resume(
         {name.removeprefix(HISTORY): tensor for name, tensor in state.items() if name.startswith(HISTORY)}
     )

@@ -24,7 +24,14 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DamagedShardError, Manifest, Split
 from nsl_dist.data.stream import planned_batches
-from nsl_dist.runs import LEFT_OUT_FILE, checkpoint_name, left_out_shards, newest_checkpoint, step_of
+from nsl_dist.runs import (
+    LEFT_OUT_FILE,
+    checkpoint_name,
+    left_out_shards,
+    newest_checkpoint,
+    prune_checkpoints,
+    step_of,
+)
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -56,24 +63,9 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
     # Rank 0 looks for all, so that all begin in the same place, and starts the stream, so that it fits the step and the
     # workers of this very attempt.
     begin: list[Any] = [None]
-    split = manifest.split("train")
+    split = storage.patiently(lambda: manifest.split("train"))
     if rank == 0:
-        location = newest_checkpoint(run_dir)
-        first_step = step_of(location) if location is not None else 0
-        plan = plan_of(split, config, left_out=left_out_shards(run_dir))
-        last_step = Schedule(config.optim, plan.steps_per_epoch).num_steps
-        # Of an elastic run the workers may have taken all CPUs that are left of the cluster.
-        spare_cpus = ray.cluster_resources()["CPU"] - world_size * config.cpus_per_worker >= 1
-        shards = planned_batches(
-            plan,
-            split,
-            config.data,
-            first_step=first_step,
-            last_step=last_step,
-            world_size=world_size,
-            spare_cpus=spare_cpus,
-        )
-        begin = [(location, first_step, plan, list(shards))]
+        begin = [storage.patiently(lambda: _begin(config, split, run_dir, world_size=world_size))]
     dist.broadcast_object_list(begin, src=0)
     location, first_step, plan, shards = begin[0]
     schedule = Schedule(config.optim, plan.steps_per_epoch)
@@ -95,6 +87,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         rank=rank,
         world_size=world_size,
         group=dist.group.WORLD,
+        pretrained=location is None,
     )
     num_bytes = 0
     if location is not None:
@@ -143,7 +136,34 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         agreed = agreement.reached(step + 1)
         checkpoints.write_when_due(step=step + 1, out_of_turn=agreed.checkpoint)
         if agreed.leave:
+            if rank == 0:
+                progress.put({"step": step + 1, "left": True})
             return
+
+
+def _begin(
+    config: TrainConfig, split: Split, run_dir: str, *, world_size: int
+) -> tuple[str | None, int, ClassBalancedPlan, list[Any]]:
+    """Return the checkpoint to go on from, its step, the plan, and the streams of all workers from there."""
+    prune_checkpoints(run_dir, keep=None)
+    location = newest_checkpoint(run_dir)
+    first_step = step_of(location) if location is not None else 0
+    plan = plan_of(split, config, left_out=left_out_shards(run_dir))
+    last_step = Schedule(config.optim, plan.steps_per_epoch).num_steps
+    if first_step == last_step:
+        return location, first_step, plan, []
+    # Of an elastic run the workers may have taken all CPUs that are left of the cluster.
+    spare_cpus = ray.cluster_resources()["CPU"] - world_size * config.cpus_per_worker >= 1
+    shards = planned_batches(
+        plan,
+        split,
+        config.data,
+        first_step=first_step,
+        last_step=last_step,
+        world_size=world_size,
+        spare_cpus=spare_cpus,
+    )
+    return location, first_step, plan, list(shards)
 
 
 def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassBalancedPlan:

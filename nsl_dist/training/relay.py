@@ -21,15 +21,16 @@ class Relay:
 
     Attributes:
         rates: throughputs so far, images/s.
+        left_at: iterations after which the workers have left as they were told; None: they have not.
 
     """
 
     def __init__(self, records: Queue, tracked: "Tracker", schedule: Schedule) -> None:
         self.rates: list[float] = []
+        self.left_at: int | None = None
         self._records = records
         self._tracked = tracked
         self._schedule = schedule
-        self._tracked_step = tracked.last_step("loss")
         self._shown_step = 0
         self._seen_at = time.monotonic()
         self._num_attempts = 0
@@ -49,6 +50,8 @@ class Relay:
                 self._tracked.log(metrics_by_name(record["evaluation"]), step=step)
             elif "attempt" in record:
                 self._show_attempt(record["attempt"], step)
+            elif "left" in record:
+                self.left_at = step
             elif "warning" in record:
                 print(f"step {step:,}: {record['warning']}", flush=True)
             elif "checkpoint" in record:
@@ -94,6 +97,4 @@ class Relay:
             flush=True,
         )
         self._shown_step, self._seen_at = step, time.monotonic()
-        if step > self._tracked_step:
-            self._tracked.log(record, step=step)
-            self._tracked_step = step
+        self._tracked.log(record, step=step, once=True)

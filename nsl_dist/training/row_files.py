@@ -7,7 +7,6 @@ writes whole files; rows of a class-proxy matrix may be larger than memory, and 
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -43,73 +42,55 @@ def write_rows(location: str, tensors: Mapping[str, Tensor], *, start: int) -> N
                 stream.write(_bytes_of(part))
 
 
-class RowFile:
-    """A file of `write_rows`, open for reading; a context manager.
+def read_rows(location: str, targets: Mapping[str, Tensor], *, first_row: int) -> int:
+    """Read rows of some matrices of a file of `write_rows`, by range; return the bytes read.
 
-    Attributes:
-        start: the place of its first row in the whole matrix.
-        stop: one past its last row.
-        bytes_read: so far.
+    Args:
+        location: file or URI.
+        targets: by name what to fill, all of it, whatever device it lies on.
+        first_row: the place of their first row in the whole matrix.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it was cut off or is of another format; a matrix is not in it, or has another shape or type.
 
     """
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_file(path) as file:
+        header, start, first_byte = _read_header(file, location)
+        num_bytes = first_byte
+        for name, target in targets.items():
+            entry = header.get(name)
+            if entry is None or entry["dtype"] != _NAMES[target.dtype] or entry["shape"][1:] != list(target.shape[1:]):
+                raise ValueError(
+                    f"{location} has {name} as {entry and (entry['dtype'], entry['shape'])}, not as "
+                    f"{_NAMES[target.dtype]} of shape {['rows', *target.shape[1:]]}: it was saved with other "
+                    "--proxies or --model.dim"
+                )
+            assert start <= first_row
+            assert first_row + len(target) <= start + entry["shape"][0]
+            file.seek(first_byte + entry["data_offsets"][0] + (first_row - start) * target[:1].nbytes)
+            for part in _in_parts(target):
+                content = bytearray(part.nbytes)
+                if file.readinto(content) != part.nbytes:
+                    raise ValueError(f"{location} ended while it was read")
+                part.copy_(torch.frombuffer(content, dtype=target.dtype).view(part.shape))
+            num_bytes += target.nbytes
+    return num_bytes
 
-    def __init__(self, location: str) -> None:
-        """Read the header.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it was cut off, or is of another format.
-
-        """
-        self._location = location
-        filesystem, path = storage.resolve(location)
-        self._file = filesystem.open_input_file(path)
-        try:
-            (length,) = struct.unpack("<Q", self._file.read(8))
-            self._header = json.loads(self._file.read(length))
-            self._first_byte = 8 + length
-            metadata = self._header.pop("__metadata__")
-            self.start, self.stop = int(metadata["start"]), int(metadata["stop"])
-            num_bytes = self._first_byte + max(tensor["data_offsets"][1] for tensor in self._header.values())
-        except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{location} is no file of rows of a checkpoint: {error}") from error
-        if self._file.size() != num_bytes:
-            raise ValueError(f"{location} has {self._file.size()} bytes, its header says {num_bytes}: it was cut off")
-        self.bytes_read = self._first_byte
-
-    def __enter__(self) -> "RowFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def read_into(self, name: str, target: Tensor, *, first_row: int) -> None:
-        """Read the rows from `first_row` of the whole matrix into all of `target`, whatever device it lies on.
-
-        Raises:
-            ValueError: the matrix is not in the file, or has another shape or type.
-
-        """
-        entry = self._header.get(name)
-        if entry is None or entry["dtype"] != _NAMES[target.dtype] or entry["shape"][1:] != list(target.shape[1:]):
-            raise ValueError(
-                f"{self._location} has {name} as {entry and (entry['dtype'], entry['shape'])}, not as "
-                f"{_NAMES[target.dtype]} of shape {['rows', *target.shape[1:]]}: it was saved with other --proxies or "
-                "--model.dim"
-            )
-        row_bytes = target[:1].nbytes
-        offset = self._first_byte + entry["data_offsets"][0] + (first_row - self.start) * row_bytes
-        assert self.start <= first_row
-        assert first_row + len(target) <= self.stop
-        self._file.seek(offset)
-        for part in _in_parts(target):
-            content = bytearray(part.nbytes)
-            if self._file.readinto(content) != part.nbytes:
-                raise ValueError(f"{self._location} ended while it was read")
-            part.copy_(torch.frombuffer(content, dtype=target.dtype).view(part.shape))
-        self.bytes_read += target.nbytes
+def _read_header(file: Any, location: str) -> tuple[dict[str, Any], int, int]:
+    """Return the entries of a file of rows, the place of its first row in the whole matrix, and its first byte."""
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        start = int(header.pop("__metadata__")["start"])
+        num_bytes = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        if file.size() != num_bytes:
+            raise ValueError(f"it has {file.size()} bytes, its header says {num_bytes}: it was cut off")
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{location} is no file of rows of a checkpoint: {error}") from error
+    return header, start, 8 + length
 
 
 def _in_parts(tensor: Tensor) -> Iterator[Tensor]:

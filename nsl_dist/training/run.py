@@ -41,7 +41,10 @@ from nsl_dist.retrieval.evaluation import (
 from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import (
     CONFIG_FILE,
+    DIGEST_FILE,
+    MLFLOW_ID_FILE,
     MODEL_FILE,
+    RESULTS_FILE,
     StoppedError,
     TrainingError,
     left_out_shards,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
 DATA_CPUS = 1
 MID_RUN_EVAL_CPUS = 2
 RESIZE_SECONDS = 30.0  # how often an elastic run looks for nodes that came
+LEAVE_SECONDS = 10.0  # that a training which was told to stop may take to end once its checkpoint is written
 RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
 LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
 
@@ -70,6 +74,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the data is not there.
         ValueError: configuration, data, storage or cluster cannot give this run; nothing was trained.
+        StoppedError: by SIGTERM or SIGINT.
+        TrainingError: what cannot be mended by starting again.
         ray.train.TrainingFailedError: training failed more often than `config.max_failures`.
 
     """
@@ -82,11 +88,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _, most_workers = config.worker_range or (1, 1)
     check_index(config.eval, config.model.dim)
     cluster.connect(num_cpus=_cpus_needed(config, most_workers))
-    check = ray.remote(_check_model).remote(config)
     config = _settle(config)
     run_dir = storage.join(config.storage, "runs", str(config.run_name))
     _refuse_to_train_again(config, run_dir, opening)
     _refuse_to_change(config, run_dir)
+    check = ray.remote(_check_model).remote(config) if newest_checkpoint(run_dir) is None else None
 
     if config.data.root is None:
         print(
@@ -97,7 +103,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     manifest = open_data(
         config.data.root, layout=layout, storage_root=config.storage, max_undecodable=config.data.max_undecodable
     )
-    cluster.get(check)
+    if check is not None:
+        cluster.get(check)
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     schedule = Schedule(config.optim, plan.steps_per_epoch)
@@ -137,10 +144,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "config": dataclasses.asdict(config),
         }
         content = json.dumps(results, indent=1)
-        storage.write_bytes(storage.join(run_dir, "results.json"), content.encode())
         tracked.log_file("results.json", content)
         prune_checkpoints(run_dir, keep=config.checkpoint.keep)
         tracked.finish(status="FINISHED")
+        storage.write_bytes(storage.join(run_dir, RESULTS_FILE), content.encode())  # last: with it the run is finished
     except BaseException as error:
         tracked.finish(status="KILLED" if isinstance(error, StoppedError) else "FAILED")
         if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
@@ -187,8 +194,8 @@ def _refuse_to_train_again(config: TrainConfig, run_dir: str, opening: "Future[T
         ValueError: the run is finished.
 
     """
-    if storage.exists(storage.join(run_dir, "results.json")):
-        run_id = storage.read_bytes(storage.join(run_dir, "mlflow_run_id")).decode()
+    if storage.exists(storage.join(run_dir, RESULTS_FILE)):
+        run_id = storage.read_bytes(storage.join(run_dir, MLFLOW_ID_FILE)).decode()
         if storage.exists(unsent_file(config.storage, run_id)):
             opening.result().add_to(run_id)
         raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
@@ -248,17 +255,32 @@ def _check_model(config: TrainConfig) -> None:
 def _open_tracking(config: TrainConfig) -> "Tracker":
     from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
 
-    return Tracker(config.tracking.uri, storage_root=config.storage)
+    goes_on = config.run_name is not None and storage.exists(
+        storage.join(config.storage, "runs", config.run_name, MLFLOW_ID_FILE)
+    )
+    return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
 
 
 def _start_tracking(tracked: "Tracker", config: TrainConfig, manifest: Manifest, run_dir: str) -> None:
-    """Start the MLflow run, or go on with that of this run if it was interrupted before."""
-    location = storage.join(run_dir, "mlflow_run_id")
+    """Start the MLflow run, or go on with that of this run if it was interrupted before.
+
+    Raises:
+        ValueError: it trained on other data before.
+
+    """
+    location, of_data = (storage.join(run_dir, name) for name in (MLFLOW_ID_FILE, DIGEST_FILE))
     if storage.exists(location):
+        digest = storage.read_bytes(of_data).decode()
+        if digest != manifest.digest:
+            raise ValueError(
+                f"run {config.run_name} was started with data of digest {digest[:16]}, {manifest.root} has "
+                f"{manifest.digest[:16]}; give the same --data.root, or choose another --run-name"
+            )
         tracked.resume(storage.read_bytes(location).decode())
         return
     tracked.start(config, experiment=config.tracking.experiment or manifest.layout, digest=manifest.digest)
     storage.write_bytes(storage.join(run_dir, CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
+    storage.write_bytes(of_data, manifest.digest.encode())
     storage.write_bytes(location, tracked.run_id.encode())
 
 
@@ -326,7 +348,8 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
     progress, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     filesystem, path = storage.resolve(storage.join(config.storage, "runs"))
     resources = {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
-    trainer = TorchTrainer(
+    new_trainer = functools.partial(
+        TorchTrainer,
         _train_worker,
         train_loop_config={
             "config": config,
@@ -357,17 +380,31 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
             ray_remote_kwargs={"num_cpus": 0},
         ),
     )
-    _drop_damaged_record(run_dir)
     relay = Relay(progress, tracked, schedule)
+
+    def has_left() -> bool:
+        checkpoint = newest_checkpoint(run_dir) if relay.left_at is not None else None
+        return checkpoint is not None and step_of(checkpoint) >= (relay.left_at or 0)
+
+    num_failures = 0
     try:
-        stopped_by = _run_until_stopped(trainer.fit, orders)
-    except ControllerError as error:
-        if isinstance(error.controller_failure, LASTING_ERRORS):
-            raise TrainingError(
-                f"run {config.run_name}: {error.controller_failure}\nThe last checkpoint is "
-                f"{newest_checkpoint(run_dir) or 'none'}"
-            ) from None
-        raise
+        while True:
+            _drop_damaged_record(run_dir)
+            try:
+                stopped_by = _run_until_stopped(new_trainer().fit, orders, has_left=has_left)
+                break
+            except ControllerError as error:
+                cause = error.controller_failure
+                if isinstance(cause, LASTING_ERRORS):
+                    raise TrainingError(
+                        f"run {config.run_name}: {cause}\nThe last checkpoint is {newest_checkpoint(run_dir) or 'none'}"
+                    ) from None
+                num_failures += 1
+                if not isinstance(cause, OSError) or 0 <= config.max_failures < num_failures:
+                    raise
+                # Storage failed where Ray Train keeps its own record, which it does not try twice.
+                print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
+                storage.patiently(lambda: newest_checkpoint(run_dir))
     finally:
         relay.close()
     checkpoint = newest_checkpoint(run_dir)
@@ -381,17 +418,20 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
 
 
 def _drop_damaged_record(run_dir: str) -> None:
-    """Delete Ray Train's own record of a run's checkpoints if a crash cut it off: it would refuse to go on.
+    """Delete Ray Train's own record of a run's checkpoints if it was cut off or names one that is gone.
 
-    What it held, which of them to delete and which to evaluate, is not worth that.
+    Ray Train would refuse to go on. What it held, which of them to delete and which to evaluate, is not worth that.
     """
     location = storage.join(run_dir, RAY_TRAIN_RECORD)
     if not storage.exists(location):
         return
     try:
-        json.loads(storage.read_bytes(location))
+        results = json.loads(storage.read_bytes(location))["checkpoint_results"]
+        damaged = not all(storage.exists(storage.join(run_dir, result["checkpoint_dir_name"])) for result in results)
     except ValueError:
-        print(f"{location} was cut off; it is deleted, and the newest whole checkpoint looked for", flush=True)
+        damaged = True
+    if damaged:
+        print(f"{location} is damaged; it is deleted, and the newest whole checkpoint looked for", flush=True)
         storage.delete(location)
 
 
@@ -407,15 +447,15 @@ class _StopAtLastingErrors(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         for error in worker_exceptions.values():
-            cause = getattr(error, "_base_exc", error)
-            if isinstance(cause, LASTING_ERRORS):
-                raise cause
+            if isinstance(error, LASTING_ERRORS):
+                raise error
 
 
-def _run_until_stopped(work: Callable[[], Any], orders: Queue) -> int | None:
+def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Callable[[], bool]) -> int | None:
     """Call `work` in a thread; answer SIGTERM and SIGINT by telling the workers to leave.
 
-    A second signal ends the driver at once.
+    A second signal ends the driver at once. Once the workers have left `work` is not waited for much longer: Ray Train
+    stays for all evaluations in mid-run, which are done when the run goes on.
 
     Returns:
         The signal, if there was one.
@@ -447,7 +487,11 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue) -> int | None:
                 print(f"{signal.Signals(received[0]).name}: the workers write a checkpoint and leave", flush=True)
                 orders.put("leave")
                 ordered = True
-        done.result()
+            if ordered and has_left():
+                wait([done], timeout=LEAVE_SECONDS)
+                break
+        if done.done():
+            done.result()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -41,14 +41,28 @@ class TrainingStep:
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
+        pretrained: bool = True,
     ) -> None:
+        """Build it all.
+
+        Args:
+            config: of the run.
+            num_classes: of all workers.
+            steps_per_epoch: of the plan.
+            device: of this worker.
+            rank: of this worker.
+            world_size: number of workers.
+            group: of the workers.
+            pretrained: False leaves `config.model.weights` out, for a training about to load a checkpoint.
+
+        """
         self.config = config
         self.device = device
         self._rank = rank
         self.group = group if world_size > 1 else None
         self.schedule = Schedule(config.optim, steps_per_epoch)
         self.dtype = autocast_dtype(config.precision, device)
-        self.model = build_model(config.model, seed=config.seed).to(device)
+        self.model = build_model(config.model, seed=config.seed, pretrained=pretrained).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.proxies = ProxyMatrix(
             Partition(num_classes, rank, world_size),

@@ -14,7 +14,14 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.transforms import decode, eval_transform, normalise
 from nsl_dist.embedder import load_embedder
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.runs import MODEL_FILE, OPTIMIZER_FILE, newest_checkpoint, rows_file
+from nsl_dist.runs import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    checkpoint_name,
+    newest_checkpoint,
+    prune_checkpoints,
+    rows_file,
+)
 from nsl_dist.training import checkpoint
 from nsl_dist.training.step import TrainingStep
 from tests.conftest import encode
@@ -224,8 +231,22 @@ def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-1])
     with pytest.raises(ValueError, match="it was cut off"):
         train(0, 1, first_step=2, last_step=2, load=newest)
-    rows.unlink()
+    rows.write_bytes(b"")  # as a power cut leaves it
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_000000001")
+
+
+def test_checkpoints_half_written_do_not_count(tmp_path: Path) -> None:
+    names = [checkpoint_name(step) for step in (1, 2, 3)]
+    training = train(0, 1, first_step=0, last_step=1, load=None)
+    for step, name in enumerate(names, start=1):
+        write(training, tmp_path / name, step=step)
+    (tmp_path / names[1] / rows_file(0, 1)).unlink()
+    prune_checkpoints(str(tmp_path), keep=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[2]]
+    write(training, tmp_path / names[1], step=2)
+    (tmp_path / names[2] / "run.json").unlink()
+    prune_checkpoints(str(tmp_path), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == [names[1]]
 
 
 def test_a_model_alone_embeds_images(tmp_path: Path) -> None:

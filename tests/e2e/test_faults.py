@@ -31,7 +31,7 @@ from nsl_dist.data.transforms import augment
 from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
 from nsl_dist.tracking import Tracker
 from nsl_dist.training.checkpoint import Checkpointer
-from nsl_dist.training.run import _refuse_to_change, train
+from nsl_dist.training.run import _drop_damaged_record, _refuse_to_change, _start_tracking, train
 from nsl_dist.training.step import TrainingStep
 from tests.conftest import write_sop
 from tests.distributed.test_step import write
@@ -208,6 +208,9 @@ def test_a_damaged_shard_is_named(tmp_path: Path, cluster: None) -> None:
     _open_shard.cache_clear()
     with pytest.raises(DamagedShardError, match=f"{split.shard_names[0]}: .*No such file"):
         fetch(part, split, DataConfig())
+    (path.parent / "manifest.json").unlink()  # no shard is damaged where nothing can be read
+    with pytest.raises(FileNotFoundError, match=r"manifest.json"):
+        fetch(part, split, DataConfig())
 
 
 def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
@@ -221,6 +224,33 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"margin": 0.1}))
     with pytest.raises(ValueError, match=r"config.json is of another release of nsl_dist: .* 'margin'"):
         _refuse_to_change(free, str(tmp_path))
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(storage=str(tmp_path), run_name="x", num_workers=1)
+    root = write_sop(tmp_path / "raw", SIZES)
+    manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
+    run_dir = str(tmp_path / "runs" / "x")
+    tracker = Tracker(None, storage_root=str(tmp_path))
+    _start_tracking(tracker, config, manifest, run_dir)
+    first = tracker.run_id
+    _start_tracking(tracker, config, manifest, run_dir)
+    assert tracker.run_id == first
+    with pytest.raises(ValueError, match=r"with data of digest .*, .* has fffff; give the same --data.root"):
+        _start_tracking(tracker, config, dataclasses.replace(manifest, digest="fffff"), run_dir)
+
+
+def test_a_damaged_record_of_ray_train_is_dropped(tmp_path: Path) -> None:
+    record = tmp_path / "checkpoint_manager_snapshot.json"
+    (tmp_path / "checkpoint_000000001").mkdir()
+    for content, is_damaged in (
+        ('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_000000001"}]}', False),
+        ('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_000000002"}]}', True),
+        ('{"checkpoint_results": [{"check', True),
+    ):
+        record.write_text(content)
+        _drop_damaged_record(str(tmp_path))
+        assert record.exists() is not is_damaged
 
 
 def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
@@ -284,7 +314,6 @@ def test_mlflow_that_is_away_for_a_while(
         tracker.wait()
         client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
         assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5]
-        assert tracker.last_step("loss") == 5
         said = capsys.readouterr().out
         assert said.count("does not answer") == 1
         assert "answers again and has all records" in said
@@ -297,10 +326,18 @@ def test_mlflow_that_is_away_for_a_while(
         tracker.finish(status="FINISHED")
         kept = tmp_path / "unsent" / f"{tracker.run_id}.json"
         assert f"3 of its records are kept in {kept}" in capsys.readouterr().out
+
+        with pytest.raises(ValueError, match=r"the tracking URI .* cannot be used"):
+            Tracker(f"http://127.0.0.1:{port}", storage_root=str(tmp_path))
+        resumed = Tracker(f"http://127.0.0.1:{port}", storage_root=str(tmp_path), may_be_away=True)
+        resumed.resume(tracker.run_id)  # by the driver that comes after
+        for step in (6, 7):  # one of them once more
+            resumed.log({"loss": float(step)}, step=step, once=True)
         server = serve()
-        Tracker(f"http://127.0.0.1:{port}", storage_root=str(tmp_path)).add_to(tracker.run_id)
+        monkeypatch.setattr("nsl_dist.tracking.MLFLOW_PATIENCE", 60.0)
+        resumed.finish(status="FINISHED")
         assert not kept.exists()
-        assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+        assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5, 6, 7]
         assert client.get_run(tracker.run_id).info.status == "FINISHED"
         assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["results.json"]
     finally:

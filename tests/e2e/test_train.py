@@ -151,7 +151,7 @@ def test_checkpoint(finished: tuple[Path, str]) -> None:
     best = storage / "runs" / "first" / "best"
     assert (best / "embedder.safetensors").exists()
     results = json.loads((storage / "runs" / "first" / "results.json").read_text())
-    assert json.loads((best / "score.json").read_text()) >= results["recall"]["float"]["1"]
+    assert json.loads((best / "score.json").read_text())["recall@1"] >= results["recall"]["float"]["1"]
 
 
 @pytest.mark.usefixtures("cluster")

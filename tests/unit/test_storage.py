@@ -1,0 +1,48 @@
+"""Storage that fails for a while; files that appear complete or not at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nsl_dist import storage
+
+
+def failing(*errors: OSError) -> Callable[[], str]:
+    left = list(errors)
+
+    def work() -> str:
+        if left:
+            raise left.pop(0)
+        return "done"
+
+    return work
+
+
+def test_what_storage_fails_at_is_done_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    assert storage.patiently(failing(OSError("away"), OSError("away"))) == "done"
+    assert pauses == [1.0, 2.0]
+    assert capsys.readouterr().out.count("storage fails: away; trying again") == 2
+    with pytest.raises(FileNotFoundError):
+        storage.patiently(failing(FileNotFoundError("gone")))
+    monkeypatch.setattr(storage, "PATIENCE", -1)
+    with pytest.raises(OSError, match="for long"):
+        storage.patiently(failing(OSError("for long")))
+    assert len(pauses) == 2
+
+
+def test_a_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    location = tmp_path / "folder" / "file"
+    storage.write_bytes(str(location), b"before")
+
+    def write_half() -> None:
+        with storage.open_output(str(location)) as stream:
+            stream.write(b"half of what comes a")
+            raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        write_half()
+    assert location.read_bytes() == b"before"
+    assert list(location.parent.iterdir()) == [location]
