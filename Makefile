@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Where it is set, each of a cluster's many processes compiles all that it imports, anew: three times as slow.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test lint setup lock
 
 train: setup
