@@ -226,7 +226,7 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
         _refuse_to_change(free, str(tmp_path))
 
 
-def test_other_data_is_refused(tmp_path: Path) -> None:
+def test_other_data_is_refused(tmp_path: Path, cluster: None) -> None:
     config = TrainConfig(storage=str(tmp_path), run_name="x", num_workers=1)
     root = write_sop(tmp_path / "raw", SIZES)
     manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
@@ -278,9 +278,13 @@ def test_mlflow_that_is_away_for_a_while(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is logged while the server is down is there once it is up again, even if the run ended in between."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+
+    def is_free(port: int) -> bool:
+        with socket.socket() as candidate:
+            return candidate.connect_ex(("127.0.0.1", port)) != 0
+
+    # Below those that the system gives to others while the server is down.
+    port = next(port for port in range(20_000, 32_000) if is_free(port))
 
     def serve() -> "subprocess.Popen[bytes]":
         command = [
