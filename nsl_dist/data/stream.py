@@ -5,11 +5,17 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.interfaces import BlockSlice, RefBundle
+from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import InputData
+from ray.data._internal.stats import DatasetStats
+from ray.data.block import BlockAccessor
 
 from nsl_dist.config import DataConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
@@ -87,7 +93,7 @@ def planned_batches(
 
         _yield_to_training()
         plan, split = ray.get(shared)
-        (turn,) = rows["id"].tolist()
+        (turn,) = rows["turn"].tolist()
         step, rank = first_step + turn // world_size, turn % world_size
         part = plan.part(step, rank=rank, world_size=world_size)
         resized = fetch(part, split, config)
@@ -103,15 +109,23 @@ def planned_batches(
         def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
             return make_part(rows)
 
+    context = ray.data.DataContext.get_current().copy()
     num_blocks = (last_step - first_step) * world_size
+    # One block of all turns, of which each task is given its row. ray.data.range would put what each task reads into
+    # the object store before the first begins: a minute for 30,000.
+    turns = pa.table({"turn": np.arange(num_blocks)})
+    entry = BlockEntry(ray.put(turns), BlockAccessor.for_block(turns).get_metadata())
+    inputs = [
+        RefBundle((entry,), schema=turns.schema, owns_blocks=False, slices=(BlockSlice(turn, turn + 1),))
+        for turn in range(num_blocks)
+    ]
     # Ray ends processes beyond a node's CPUs after each task, but not an actor's.
     num_cpus, work = (1, make_part) if spare_cpus else (0, MakePart)
     compute = ray.data.TaskPoolStrategy() if spare_cpus else ray.data.ActorPoolStrategy(size=1)
-    turns = RangeDatasource(num_blocks, column_name="id")  # ray.data.range would ask for a CPU in any case
-    dataset = ray.data.read_datasource(turns, num_cpus=num_cpus, override_num_blocks=num_blocks).map_batches(
+    plan_of_turns = LogicalPlan(InputData(inputs), context)
+    dataset = ray.data.Dataset(plan_of_turns, context, DatasetStats(metadata={}, parent=None)).map_batches(
         work, batch_size=None, num_cpus=num_cpus, compute=compute
     )
-    context = dataset.context
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
     context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]

@@ -389,7 +389,7 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
     num_failures = 0
     try:
         while True:
-            _drop_damaged_record(run_dir)
+            storage.patiently(lambda: _drop_damaged_record(run_dir))
             try:
                 stopped_by = _run_until_stopped(new_trainer().fit, orders, has_left=has_left)
                 break
@@ -404,7 +404,6 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
                     raise
                 # Storage failed where Ray Train keeps its own record, which it does not try twice.
                 print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
-                storage.patiently(lambda: newest_checkpoint(run_dir))
     finally:
         relay.close()
     checkpoint = newest_checkpoint(run_dir)
