@@ -96,7 +96,7 @@ def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> 
 
 @pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path: Path) -> None:
-    """A worker, a node and the head are killed, the driver is told to stop: the run ends as if nothing had been."""
+    """A worker, a node and the head are killed, the driver is told to stop, storage fails: it ends as if nothing was."""
     flags = ["--num-workers=2", "--checkpoint.every=10", "--optim.epochs=10", "--proxies.sample-rate=0.5"]
     with started(2, tmp_path, "disturbed", flags) as (nodes, driver):
         driver.wait_for_step(15)
@@ -108,6 +108,13 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
         nodes.add()
         driver.wait_for_attempt(3)
         driver.wait_for_step(65)
+        record = tmp_path / "runs" / "disturbed" / "checkpoint_manager_snapshot.json"  # Ray Train's own
+        record.unlink()
+        record.mkdir()
+        driver.wait(lambda: "controller failed" in driver.output, "the failure of its storage")
+        record.rmdir()
+        driver.wait_for_attempt(4)
+        driver.wait_for_step(75)
         driver.process.terminate()
         assert driver.process.wait(120) == 143, driver.output
         stopped_at = driver.step
@@ -116,10 +123,11 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
         driver.start(nodes.address())
         assert driver.process.wait(600) == 0, driver.output
 
-    first, after_worker, after_node, after_stop = driver.attempts
+    first, after_worker, after_node, after_storage, after_stop = driver.attempts
     assert first == 1
     assert after_worker > 10
     assert after_node > after_worker
+    assert after_storage > 60
     assert after_stop >= stopped_at  # it had left with a checkpoint
     assert "SIGTERM: the workers write a checkpoint and leave" in driver.output
     (shards,) = (tmp_path / "shards").iterdir()
