@@ -96,7 +96,7 @@ def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> 
 
 @pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path: Path) -> None:
-    """A worker, a node and the head are killed, the driver is told to stop, storage fails: it ends as if nothing was."""
+    """A worker, a node and the head are killed, storage fails, the driver is stopped; the run ends as if not."""
     flags = ["--num-workers=2", "--checkpoint.every=10", "--optim.epochs=10", "--proxies.sample-rate=0.5"]
     with started(2, tmp_path, "disturbed", flags) as (nodes, driver):
         driver.wait_for_step(15)
