@@ -211,7 +211,8 @@ def compare(ours: str, theirs: str) -> float:
     for name, tensor in first.items():
         if not np.array_equal(tensor, second[name]):
             scale = float(np.abs(tensor).max())
-            most = max(most, float(np.abs(tensor.astype(float) - second[name].astype(float)).max()) / scale)
+            difference = float(np.abs(tensor.astype(float) - second[name].astype(float)).max())
+            most = max(most, difference / scale if scale > 0 and np.isfinite(difference) else np.inf)
     return most
 
 

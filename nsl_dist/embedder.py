@@ -16,7 +16,7 @@ from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.data.transforms import decode, eval_transform, normalise
 from nsl_dist.model import EmbeddingModel, build_model
-from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE
 
 FORMAT_VERSION = 1
 
@@ -77,11 +77,16 @@ def load_embedder(location: str, *, device: str | torch.device = "cpu") -> Embed
 
     """
     where = storage.join(location, DESCRIPTION_FILE)
-    description = json.loads(storage.read_bytes(where))
-    if description.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{where} has version {description.get('version')}, this release reads {FORMAT_VERSION}")
-    config = ModelConfig(**description["model"])
-    data = DataConfig(image_size=description["image_size"], crop_ratio=description["crop_ratio"])
+    if not storage.exists(where):
+        raise FileNotFoundError(f"{where} is missing: give a checkpoint, or the `{BEST}` of a run that was evaluated")
+    try:
+        description = json.loads(storage.read_bytes(where))
+        if description["version"] != FORMAT_VERSION:
+            raise ValueError(f"version {description['version']}, this release reads {FORMAT_VERSION}")
+        config = ModelConfig(**description["model"])
+        data = DataConfig(image_size=description["image_size"], crop_ratio=description["crop_ratio"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where} is damaged, or of another release: {error}") from error
     model = build_model(config, seed=0, pretrained=False)
     load_weights(model, storage.read_bytes(storage.join(location, MODEL_FILE)), location=location)
     return Embedder(model, data, config.dim, torch.device(device))
@@ -112,10 +117,12 @@ def load_weights(model: EmbeddingModel, content: bytes, *, location: str) -> Non
     """
     try:
         model.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"{location}: the weights are damaged: {error}; copy them again") from error
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{location}: the weights are not of the model beside them: {reason}; copy it again"
+            f"{location}: the weights are not of the model beside them: {reason}; copy both again"
         ) from error
 
 

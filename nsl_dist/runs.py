@@ -87,7 +87,10 @@ def _is_whole(checkpoint: str) -> bool:
     there = {name for name, size in _sizes(checkpoint).items() if size}
     if RUN_FILE not in there:
         return False
-    world_size = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["world_size"]
+    try:
+        world_size = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["world_size"]
+    except ValueError:
+        return False  # damaged since
     rows = {rows_file(rank, world_size) for rank in range(world_size)}
     return there >= rows | {MODEL_FILE, DESCRIPTION_FILE, OPTIMIZER_FILE}
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,9 +83,17 @@ def open_output(location: str) -> Iterator[Any]:
     """Open a file for writing, its folders made as needed; it appears complete or not at all."""
     filesystem, path = resolve(location)
     filesystem.create_dir(os.path.dirname(path), recursive=True)
-    if not isinstance(filesystem, fs.LocalFileSystem):  # object stores show an object once it is complete
-        with filesystem.open_output_stream(path) as stream:
-            yield stream
+    if not isinstance(filesystem, fs.LocalFileSystem):  # object stores show an object once it is closed
+        opened = False
+        try:
+            with filesystem.open_output_stream(path) as stream:
+                opened = True
+                yield stream
+        except BaseException:
+            if opened:  # and closed, with half of its content
+                with suppress(OSError):  # the first error is the one to tell
+                    filesystem.delete_file(path)
+            raise
         return
     partial = Path(f"{path}.partial-{os.getpid()}")
     try:

@@ -85,7 +85,10 @@ class Tracker:
         if storage.exists(kept):
             self._unsent.extend(json.loads(storage.read_bytes(kept)))
             self._is_kept = True
+            num_kept = len(self._unsent)
             self._send_all()
+            if not self._unsent:
+                print(f"MLflow {self.uri} has got the {num_kept} records that it had missed", flush=True)
 
     def resume(self, run_id: str) -> None:
         """Go on with a run: as `add_to`, and it is running again."""
@@ -135,7 +138,7 @@ class Tracker:
         if self._unsent:
             print(
                 f"MLflow {self.uri} is still away: {len(self._unsent)} of its records are kept in "
-                f"{unsent_file(self._storage_root, self.run_id)}; the same command again sends them",
+                f"{unsent_file(self._storage_root, self.run_id)}; the same command with its --run-name sends them",
                 flush=True,
             )
 

@@ -63,7 +63,8 @@ class DamagedShardError(ValueError):
         self.shard = shard
 
     def __str__(self) -> str:
-        return f"shard {self.args[1]}; prepare the data again, or leave its classes out with --data.max-damaged-shards"
+        remedy = "prepare the data again; a training may leave its classes out with --data.max-damaged-shards"
+        return f"shard {self.args[1]}; {remedy}"
 
 
 @dataclass(frozen=True)

@@ -233,8 +233,8 @@ class ProxyMatrix:
         embeddings_B = finite_2B[0].numpy()
         if embeddings_B.all():
             raise FloatingPointError(
-                f"step {step}: class proxies are nan or infinite although all embeddings are finite; lower --optim.lr "
-                "or --proxies.lr-scale, and go on from the last checkpoint"
+                f"step {step}: class proxies are nan or infinite although all embeddings are finite; start "
+                "another run with a lower --optim.lr or --proxies.lr-scale"
             )
         images = np.flatnonzero(~embeddings_B)
         per_worker = len(embeddings_B) // self.partition.world_size
@@ -243,5 +243,6 @@ class ProxyMatrix:
             f"{count} of the {per_worker} of worker {rank}" for rank, count in zip(ranks, counts, strict=True)
         )
         raise FloatingPointError(
-            f"step {step}: embeddings are nan or infinite: {blame}; lower --optim.lr, or look at these images"
+            f"step {step}: embeddings are nan or infinite: {blame}; start another run with a lower "
+            "--optim.lr, or look at these images"
         )

@@ -242,7 +242,7 @@ def evaluate_checkpoint(
 def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
     """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
     best = storage.join(run_dir, BEST)
-    k, recall = next(iter(results["recall"]["float"].items()))
+    k, recall = min(results["recall"]["float"].items(), key=lambda item: int(item[0]))
     scored = storage.join(best, "score.json")
     if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= recall:
         return

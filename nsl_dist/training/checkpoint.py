@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -78,7 +79,9 @@ class Checkpointer:
             torch.cuda.synchronize()
         for name, tensor in self._model.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise FloatingPointError(f"{name} is nan or infinite after step {step - 1}; lower --optim.lr")
+                raise FloatingPointError(
+                    f"{name} is nan or infinite after step {step - 1}; start another run with a lower --optim.lr"
+                )
 
     def write(self, location: str, *, on_failure: Callable[[OSError], None]) -> None:
         """Write the copy into a folder or URI, the same for all workers: each its own rows, the first all the rest.
@@ -155,7 +158,10 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
     training.begin_phase(max(step - 1, 0))  # that of the step before, whose optimiser was saved
     weights, content = read(MODEL_FILE), read(OPTIMIZER_FILE)
     load_weights(training.model, weights, location=location)
-    state = load_safetensors(content)
+    try:
+        state = load_safetensors(content)
+    except SafetensorError as error:
+        raise ValueError(f"{location}/{OPTIMIZER_FILE} is damaged: {error}") from error
     num_bytes = len(weights) + len(content)
     rows = training.proxies.overwrite()
     for rank in range(run["world_size"]):

@@ -129,7 +129,9 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step:
             value = loss.item()
             if not np.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {step}; lower --optim.lr, or look at the data")
+                raise FloatingPointError(
+                    f"the loss is {value} at step {step}; start another run with a lower --optim.lr"
+                )
             if rank == 0:
                 lr = schedule.learning_rate(step)
                 progress.put({"step": step + 1, "loss": value, "learning_rate": lr, **meter.read(step)})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-from ray.train import ControllerError
+from ray.train import ControllerError, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -75,8 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FileNotFoundError: the data is not there.
         ValueError: configuration, data, storage or cluster cannot give this run; nothing was trained.
         StoppedError: by SIGTERM or SIGINT.
-        TrainingError: what cannot be mended by starting again.
-        ray.train.TrainingFailedError: training failed more often than `config.max_failures`.
+        TrainingError: what cannot be mended by starting again, or failed more often than `config.max_failures`.
 
     """
     started = time.monotonic()
@@ -84,6 +83,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, storage=storage.absolute(config.storage))  # the same place for every process
     layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
     storage.check_writable(config.storage)
+    config = _as_started(config)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
     _, most_workers = config.worker_range or (1, 1)
     check_index(config.eval, config.model.dim)
@@ -157,6 +157,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return results
 
 
+def _as_started(config: TrainConfig) -> TrainConfig:
+    """Fill in what the command of a run that goes on leaves to the cluster, which may not have all of its nodes yet."""
+    before = _started_with(storage.join(config.storage, "runs", config.run_name)) if config.run_name else None
+    if before is None:
+        return config
+    return dataclasses.replace(
+        config,
+        device=config.device if config.device != "auto" else before.device,
+        num_workers=config.num_workers or before.num_workers,
+        threads=config.threads or before.threads,
+    )
+
+
 def _settle(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on the cluster, and check that it can run the plan."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -172,11 +185,10 @@ def _settle(config: TrainConfig) -> TrainConfig:
     )
     fewest, most = _worker_range(config)
     if config.threads is None:
-        before = _started_with(storage.join(config.storage, "runs", run_name))
         # A node may be less than a machine, and a Ray of our own have more CPUs than its machine.
         cores, cpus = os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])
         threads = max(1, min(cores // math.ceil(most / len(cluster.live_nodes())), cpus // most))
-        config = dataclasses.replace(config, threads=before.threads if before else threads)
+        config = dataclasses.replace(config, threads=threads)
 
     cluster.require(
         cpus=_cpus_needed(config, fewest),
@@ -338,8 +350,7 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
 
     Raises:
         StoppedError: by SIGTERM or SIGINT.
-        TrainingError: what cannot be mended by starting again.
-        ray.train.TrainingFailedError: too many failures.
+        TrainingError: what cannot be mended by starting again, or failed too often.
 
     """
     fewest, most = _worker_range(config)
@@ -383,8 +394,10 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
     relay = Relay(progress, tracked, schedule)
 
     def has_left() -> bool:
-        checkpoint = newest_checkpoint(run_dir) if relay.left_at is not None else None
-        return checkpoint is not None and step_of(checkpoint) >= (relay.left_at or 0)
+        if relay.left_at is None:
+            return False
+        checkpoint = storage.patiently(lambda: newest_checkpoint(run_dir))
+        return checkpoint is not None and step_of(checkpoint) >= relay.left_at
 
     num_failures = 0
     try:
@@ -393,20 +406,23 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
             try:
                 stopped_by = _run_until_stopped(new_trainer().fit, orders, has_left=has_left)
                 break
-            except ControllerError as error:
-                cause = error.controller_failure
+            except TrainingFailedError as error:
+                cause = error.controller_failure if isinstance(error, ControllerError) else error
+                checkpoint = storage.patiently(lambda: newest_checkpoint(run_dir))
                 if isinstance(cause, LASTING_ERRORS):
-                    raise TrainingError(
-                        f"run {config.run_name}: {cause}\nThe last checkpoint is {newest_checkpoint(run_dir) or 'none'}"
-                    ) from None
+                    last = f"The last checkpoint is {checkpoint or 'none'}"
+                    raise TrainingError(f"run {config.run_name}: {cause}\n{last}") from None
                 num_failures += 1
                 if not isinstance(cause, OSError) or 0 <= config.max_failures < num_failures:
-                    raise
+                    raise TrainingError(
+                        f"run {config.run_name} failed (--max-failures {config.max_failures}): {error}\n"
+                        f"The same command with --run-name {config.run_name} goes on from {checkpoint or 'the start'}"
+                    ) from error
                 # Storage failed where Ray Train keeps its own record, which it does not try twice.
                 print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
     finally:
         relay.close()
-    checkpoint = newest_checkpoint(run_dir)
+    checkpoint = storage.patiently(lambda: newest_checkpoint(run_dir))
     if stopped_by is not None and (checkpoint is None or step_of(checkpoint) < schedule.num_steps):
         raise StoppedError(
             stopped_by,
@@ -483,7 +499,10 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
         ordered = False
         while not wait([done], timeout=0.5).done:
             if received and not ordered:
-                print(f"{signal.Signals(received[0]).name}: the workers write a checkpoint and leave", flush=True)
+                print(
+                    f"{signal.Signals(received[0]).name}: the workers write a checkpoint and leave; again: at once",
+                    flush=True,
+                )
                 orders.put("leave")
                 ordered = True
             if ordered and has_left():

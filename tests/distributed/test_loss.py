@@ -170,7 +170,9 @@ def check_nan(rank: int, world_size: int) -> None:
     embeddings = torch.randn(4, DIM)
     if rank == 1:
         embeddings[2:] = float("nan")
-    message = "step 5: embeddings are nan or infinite: 2 of the 4 of worker 1; lower --optim.lr"
+    message = (
+        "step 5: embeddings are nan or infinite: 2 of the 4 of worker 1; start another run with a lower --optim.lr"
+    )
     with pytest.raises(FloatingPointError, match=message):
         matrix.loss(embeddings, np.arange(4 * world_size) % 10, step=5, lr=0.1)
     assert torch.equal(matrix.weight.values, before)

@@ -231,6 +231,10 @@ def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-1])
     with pytest.raises(ValueError, match="it was cut off"):
         train(0, 1, first_step=2, last_step=2, load=newest)
+    optimizer = newest / OPTIMIZER_FILE
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"optimizer.safetensors is damaged"):
+        train(0, 1, first_step=2, last_step=2, load=newest)
     rows.write_bytes(b"")  # as a power cut leaves it
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_000000001")
 
@@ -263,6 +267,11 @@ def test_a_model_alone_embeds_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     with pytest.raises(ValueError, match="bytes: "):
         embedder([b"no image"])
+    with pytest.raises(FileNotFoundError, match=r"embedder.json is missing: give a checkpoint"):
+        load_embedder(str(tmp_path / "best"))
+    (tmp_path / "embedder.json").write_text('{"version": 1, "model": {"pool": "gem"}')
+    with pytest.raises(ValueError, match=r"embedder.json is damaged, or of another release"):
+        load_embedder(str(tmp_path))
 
 
 def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:

@@ -33,16 +33,20 @@ def test_what_storage_fails_at_is_done_again(monkeypatch: pytest.MonkeyPatch, ca
     assert len(pauses) == 2
 
 
+def write_half(location: str) -> None:
+    with storage.open_output(location) as stream:
+        stream.write(b"half of what comes a")
+        raise RuntimeError("cut off")
+
+
 def test_a_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
-    location = tmp_path / "folder" / "file"
-    storage.write_bytes(str(location), b"before")
-
-    def write_half() -> None:
-        with storage.open_output(str(location)) as stream:
-            stream.write(b"half of what comes a")
-            raise RuntimeError("cut off")
-
+    path = tmp_path / "folder" / "file"
+    storage.write_bytes(str(path), b"before")
     with pytest.raises(RuntimeError, match="cut off"):
-        write_half()
-    assert location.read_bytes() == b"before"
-    assert list(location.parent.iterdir()) == [location]
+        write_half(str(path))
+    assert path.read_bytes() == b"before"
+    assert list(path.parent.iterdir()) == [path]
+    location = "memory://folder/file"  # as in an object store
+    with pytest.raises(RuntimeError, match="cut off"):
+        write_half(location)
+    assert not storage.exists(location)
