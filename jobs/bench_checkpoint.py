@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,12 +76,9 @@ def savers(training: TrainingStep) -> dict[str, Callable[[Path], Callable[[], An
     checkpointer = Checkpointer(training, digest="none")
 
     def ours(folder: Path) -> Callable[[], Any]:
-        from threading import Thread
 
         checkpointer.copy(step=0)
-        thread = Thread(target=checkpointer.write, args=(str(folder),), kwargs={"on_failure": _fail})
-        thread.start()
-        return thread.join
+        return ThreadPoolExecutor(1).submit(checkpointer.write, str(folder), on_failure=_fail).result
 
     def torch_save(folder: Path) -> Callable[[], Any]:
         folder.mkdir()

@@ -300,7 +300,7 @@ def test_embeddings_that_are_not_finite_are_named(value: float, device: str) -> 
     embeddings[2, 3] = value
     if device == "cuda":
         matrix.loss(embeddings, np.arange(4), step=7, lr=0.1)  # found out at the next step
-    message = r"step 7: embeddings are nan or infinite: 1 of the 4 of worker 0; lower"
+    message = r"step 7: embeddings are nan or infinite: 1 of the 4 of worker 0; start another run"
     with pytest.raises(FloatingPointError, match=message):
         matrix.loss(embeddings, np.arange(4), step=7, lr=0.1)
     assert torch.equal(matrix.weight.values, before)  # no backward pass came to it
