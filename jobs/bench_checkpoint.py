@@ -76,7 +76,6 @@ def savers(training: TrainingStep) -> dict[str, Callable[[Path], Callable[[], An
     checkpointer = Checkpointer(training, digest="none")
 
     def ours(folder: Path) -> Callable[[], Any]:
-
         checkpointer.copy(step=0)
         return ThreadPoolExecutor(1).submit(checkpointer.write, str(folder), on_failure=_fail).result
 

@@ -37,6 +37,11 @@ class StoppedError(RuntimeError):
         self.signal = signal
 
 
+def run_folder(storage_root: str, run_name: str) -> str:
+    """Return the folder or URI of a run."""
+    return storage.join(storage_root, "runs", run_name)
+
+
 def checkpoint_name(step: int) -> str:
     """Return the name of the checkpoint after `step` iterations; such names sort by step."""
     return f"checkpoint_{step:09d}"

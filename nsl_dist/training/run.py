@@ -50,6 +50,7 @@ from nsl_dist.runs import (
     left_out_shards,
     newest_checkpoint,
     prune_checkpoints,
+    run_folder,
     step_of,
     unsent_file,
 )
@@ -89,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_index(config.eval, config.model.dim)
     cluster.connect(num_cpus=_cpus_needed(config, most_workers))
     config = _settle(config)
-    run_dir = storage.join(config.storage, "runs", str(config.run_name))
+    run_dir = run_folder(config.storage, str(config.run_name))
     _refuse_to_train_again(config, run_dir, opening)
     _refuse_to_change(config, run_dir)
     check = ray.remote(_check_model).remote(config) if newest_checkpoint(run_dir) is None else None
@@ -144,7 +145,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "config": dataclasses.asdict(config),
         }
         content = json.dumps(results, indent=1)
-        tracked.log_file("results.json", content)
+        tracked.log_file(RESULTS_FILE, content)
         prune_checkpoints(run_dir, keep=config.checkpoint.keep)
         tracked.finish(status="FINISHED")
         storage.write_bytes(storage.join(run_dir, RESULTS_FILE), content.encode())  # last: with it the run is finished
@@ -159,7 +160,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _as_started(config: TrainConfig) -> TrainConfig:
     """Fill in what the command of a run that goes on leaves to the cluster, which may not have all of its nodes yet."""
-    before = _started_with(storage.join(config.storage, "runs", config.run_name)) if config.run_name else None
+    before = _started_with(run_folder(config.storage, config.run_name)) if config.run_name else None
     if before is None:
         return config
     return dataclasses.replace(
@@ -210,7 +211,7 @@ def _refuse_to_train_again(config: TrainConfig, run_dir: str, opening: "Future[T
         run_id = storage.read_bytes(storage.join(run_dir, MLFLOW_ID_FILE)).decode()
         if storage.exists(unsent_file(config.storage, run_id)):
             opening.result().add_to(run_id)
-        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/results.json; choose another --run-name")
+        raise ValueError(f"run {config.run_name} is finished: see {run_dir}/{RESULTS_FILE}; choose another --run-name")
 
 
 def _refuse_to_change(config: TrainConfig, run_dir: str) -> None:
@@ -268,7 +269,7 @@ def _open_tracking(config: TrainConfig) -> "Tracker":
     from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
 
     goes_on = config.run_name is not None and storage.exists(
-        storage.join(config.storage, "runs", config.run_name, MLFLOW_ID_FILE)
+        storage.join(run_folder(config.storage, config.run_name), MLFLOW_ID_FILE)
     )
     return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
 
@@ -522,5 +523,5 @@ def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str) -> N
     print("\n" + table({"trained": trained} | untrained if untrained else {"": trained}))
     seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results["seconds"].items())
     print(f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s")
-    print(f"results: {run_dir}/results.json")
+    print(f"results: {run_dir}/{RESULTS_FILE}")
     print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}", flush=True)
