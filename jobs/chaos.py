@@ -97,21 +97,25 @@ class Nodes:
     def kill_node(self, rng: random.Random) -> None:
         """Kill all processes of a node at once, of one with a training worker if there is any."""
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.node_ip_address))
-        node = rng.choice([node for node in nodes if _training_workers(node)] or nodes)
+        self._kill_node(rng.choice([node for node in nodes if _training_workers(node)] or nodes))
+
+    def _kill_node(self, node: Any) -> None:
         processes = list(_descendants(_raylet(node)))
         self._cluster.remove_node(node, allow_graceful=False)
         for pid in processes:
             _kill(pid)
 
-    def drain_node(self) -> None:
-        """Give notice of a node that is about to go, as clouds do of spot nodes."""
+    def preempt_node(self, seconds: int = 30) -> None:
+        """Give notice of a node, wait, and kill all its processes, as clouds do with spot nodes."""
         node = next(iter(self._cluster.worker_nodes))
         command = [
             str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address(), "--node-id",
             str(node.node_id), "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-            "--deadline-remaining-seconds", "30",
+            "--deadline-remaining-seconds", str(seconds),
         ]  # fmt: skip
         subprocess.run(command, check=True)
+        time.sleep(seconds)
+        self._kill_node(node)
 
     def kill_worker(self, rng: random.Random) -> bool:
         """Kill one training worker; tell whether there was one."""

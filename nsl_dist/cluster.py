@@ -59,8 +59,9 @@ def _outcome(reference: Any) -> Any:
 
 
 def live_nodes() -> list[dict[str, Any]]:
-    """Return what Ray says of the nodes that are alive."""
-    return [node for node in ray.nodes() if node["Alive"]]
+    """Return what Ray says of the nodes that are alive, without those that are about to be taken away."""
+    draining = ray._private.state.state.get_draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
 def require(*, cpus: float, gpus: float, why: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import InputData
 from ray.data._internal.stats import DatasetStats
 from ray.data.block import BlockAccessor
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nsl_dist import cluster
 from nsl_dist.config import DataConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import DamagedShardError, Split
@@ -77,8 +80,8 @@ def planned_batches(
         first_step: of the stream.
         last_step: one past its last.
         world_size: workers.
-        spare_cpus: whether the cluster has CPUs that no worker reserves. Without, one process decodes on theirs: tasks
-            would wait for a CPU for ever.
+        spare_cpus: whether the cluster has CPUs that no worker reserves. Without, as many processes as workers decode
+            on theirs: tasks would wait for a CPU for ever.
 
     Returns:
         For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
@@ -119,12 +122,21 @@ def planned_batches(
         RefBundle((entry,), schema=turns.schema, owns_blocks=False, slices=(BlockSlice(turn, turn + 1),))
         for turn in range(num_blocks)
     ]
-    # Ray ends processes beyond a node's CPUs after each task, but not an actor's.
-    num_cpus, work = (1, make_part) if spare_cpus else (0, MakePart)
-    compute = ray.data.TaskPoolStrategy() if spare_cpus else ray.data.ActorPoolStrategy(size=1)
+    work: dict[str, Any] = {"fn": make_part, "num_cpus": 1}
+    if not spare_cpus:
+        # Ray ends processes beyond a node's CPUs after each task, but not an actor's. To those on a node that is about
+        # to be taken away Ray Data gives nothing more to do: so they are on all nodes.
+        nodes = deque(node["NodeID"] for node in cluster.live_nodes() if node["Resources"].get("CPU"))
+
+        def on_next_node() -> dict[str, Any]:
+            nodes.rotate()
+            return {"scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[0], soft=True)}
+
+        pool = ray.data.ActorPoolStrategy(size=world_size)
+        work = {"fn": MakePart, "num_cpus": 0, "compute": pool, "ray_remote_args_fn": on_next_node}
     plan_of_turns = LogicalPlan(InputData(inputs), context)
     dataset = ray.data.Dataset(plan_of_turns, context, DatasetStats(metadata={}, parent=None)).map_batches(
-        work, batch_size=None, num_cpus=num_cpus, compute=compute
+        batch_size=None, **work
     )
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
     context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone

@@ -155,7 +155,8 @@ def _begin(
     if first_step == last_step:
         return location, first_step, plan, []
     # Of an elastic run the workers may have taken all CPUs that are left of the cluster.
-    spare_cpus = ray.cluster_resources()["CPU"] - world_size * config.cpus_per_worker >= 1
+    num_cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.live_nodes())
+    spare_cpus = num_cpus - world_size * config.cpus_per_worker >= 1
     shards = planned_batches(
         plan,
         split,
@@ -215,17 +216,16 @@ class _Agreement:
         self._rank = ray.train.get_context().get_world_rank()
         self._asked_at = self._written_at = time.monotonic()
         self._asked_step, self._next_step = first_step, first_step + 1
-        self._preemption: Any = None
         fewest, most = config.worker_range or (1, 1)
         self._elastic = most > fewest
-        self._nodes = self._nodes_of_elastic()
+        self._worker_nodes: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(self._worker_nodes, ray.get_runtime_context().get_node_id())
+        self._nodes = self._live_nodes()
 
     def reached(self, step: int) -> _Agreed:
         """Return what to do after `step` iterations."""
         if step < self._next_step:
             return _Agreed()
-        preemption = ray.train.get_preemption_info()  # the same for all workers, who wait for each other here
-        noticed, self._preemption = preemption not in (None, self._preemption), preemption
         answer = None
         if self._rank == 0:
             now = time.monotonic()
@@ -233,10 +233,12 @@ class _Agreement:
             rate = (step - self._asked_step) / (now - self._asked_at)
             next_step = step + max(1, round(rate * AGREE_EVERY_SECONDS))
             leave = not self._orders.empty()
-            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for.
-            nodes, before = self._nodes_of_elastic(), self._nodes
-            grown, self._nodes = not nodes <= before, nodes
-            write = due or noticed or grown or leave
+            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for. It
+            # passes on the notice of a node about to go, too, but seconds later than asking does.
+            nodes, before = self._live_nodes(), self._nodes
+            grown, noticed = self._elastic and nodes - before, (before - nodes).intersection(self._worker_nodes)
+            self._nodes = nodes
+            write = bool(due or noticed or grown or leave)
             if write:
                 self._written_at = now
             self._asked_at, self._asked_step = now, step
@@ -244,9 +246,8 @@ class _Agreement:
         agreed, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
         return agreed
 
-    def _nodes_of_elastic(self) -> set[str]:
-        """Return the nodes of the cluster; none where it does not matter."""
-        return {node["NodeID"] for node in cluster.live_nodes()} if self._elastic and self._rank == 0 else set()
+    def _live_nodes(self) -> set[str]:
+        return {node["NodeID"] for node in cluster.live_nodes()} if self._rank == 0 else set()
 
 
 class _Checkpoints:

@@ -146,14 +146,14 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
-    """The head has room for one worker, so has each node; one comes, and one is drained as spot nodes are."""
+    """The head has room for one worker, so has each node; one comes, and one is taken away after a notice."""
     flags = ["--num-workers=1..3", "--checkpoint.every=1000", "--optim.epochs=1000"]
     with started(1, tmp_path, "elastic", flags) as (nodes, driver):
         driver.wait_for_step(20)
         nodes.add()
         driver.wait_for_attempt(2)
         driver.wait_for_step(driver.attempts[1] + 20)
-        nodes.drain_node()
+        nodes.preempt_node()
         driver.wait_for_attempt(3)
         driver.wait_for_step(driver.attempts[2] + 20)
         stopped_at = driver.step
