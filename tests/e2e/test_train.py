@@ -191,12 +191,16 @@ def test_bad_input_ends_before_training(changes: dict, message: str, root: Path,
 
 @pytest.mark.usefixtures("cluster")
 def test_real_characters(omniglot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short training on small images lifts recall@1 of unseen characters well above an untrained network's 26%."""
+    """Short training on small images lifts recall@1 of unseen characters well above an untrained network's.
+
+    Which has 26% (float) and 6% (binary). After 6 epochs three seeds had 44 to 45% and 38 to 39%; after 4 it was
+    anything from 31 to 43%, which differed from machine to machine.
+    """
     job(
         monkeypatch, "train_sop", f"--data.root={omniglot}", f"--storage={tmp_path}", "--run-name=characters",
-        "--optim.epochs=4", "--data.image-size=32",
+        "--optim.epochs=6", "--data.image-size=32",
     )  # fmt: skip
     results = json.loads((tmp_path / "runs" / "characters" / "results.json").read_text())
     assert results["num_queries"] == 2120
-    assert results["recall"]["float"]["1"] > 0.34
-    assert results["recall"]["binary"]["1"] > 0.28
+    assert results["recall"]["float"]["1"] > 0.36
+    assert results["recall"]["binary"]["1"] > 0.3
