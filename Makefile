@@ -3,22 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+JOB ?= jobs/train_sop.py
 
 # Where it is set, each of a cluster's many processes compiles all that it imports, anew: three times as slow.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test lint setup lock
+.PHONY: train submit test lint setup lock
 
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
+
+# On the cluster at ADDRESS, by whoever has its token: make submit ADDRESS=http://127.0.0.1:8265 ARGS="--num-workers 3"
+submit: setup
+	RAY_AUTH_MODE=token $(BIN)/ray job submit --address $(ADDRESS) --working-dir . -- python $(JOB) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup
-	$(BIN)/ruff check nsl_dist jobs tests
-	$(BIN)/ruff format --check nsl_dist jobs tests
-	$(BIN)/mypy nsl_dist jobs
+	$(BIN)/ruff check nsl_dist jobs cluster tests
+	$(BIN)/ruff format --check nsl_dist jobs cluster tests
+	$(BIN)/mypy nsl_dist jobs cluster
 
 setup: $(VENV)/.current
 
@@ -31,5 +36,5 @@ $(VENV)/.current: requirements.lock pyproject.toml
 	touch $@
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --universal --python-version 3.11 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --extra cloud --universal --python-version 3.11 --no-header --no-annotate \
 		--quiet --output-file requirements.lock

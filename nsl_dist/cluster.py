@@ -1,12 +1,25 @@
 """Connecting to Ray: the cluster that a job was submitted to, or one of this machine alone."""
 
-import math
+import json
+import logging
 import os
-from typing import Any
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import ray
+from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
+from ray.job_submission import JobSubmissionClient
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from nsl_dist.progress import duration
 
 OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
+POLL_SECONDS = 0.5
+SHOW_SECONDS = 10.0
 
 
 def connect(*, num_cpus: int) -> None:
@@ -17,11 +30,12 @@ def connect(*, num_cpus: int) -> None:
             then share them.
 
     """
-    hide_progress_bars()
+    quiet_ray_data()
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
+        # The environment of its processes is the cluster's, not that of `nsl_dist/__init__.py`.
+        ray.init(logging_level="warning", runtime_env={"env_vars": {"RAY_DATA_LOG_LEVEL": "WARNING"}})
         return
     ray.init(
         address="local",
@@ -32,11 +46,19 @@ def connect(*, num_cpus: int) -> None:
     )
 
 
-def hide_progress_bars() -> None:
-    """Switch those of Ray Data off in this process: the jobs print their progress as plain lines."""
+def quiet_ray_data() -> None:
+    """Leave progress, in this process, to the plain lines of the jobs, and warnings to what a user can mend."""
     import ray.data  # takes seconds, which an actor that reads nothing need not spend
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn of that
+    # It goes with Ray 2.64, and there is no other way yet to say where tasks are to run (`prefer_cpu_nodes`).
+    warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
+
+
+def prefer_cpu_nodes() -> dict[str, Any]:
+    """Return options that keep Ray Data's tasks away from nodes with GPUs while others have room; its own do not."""
+    return {"scheduling_strategy": "DEFAULT"}
 
 
 def get(references: Any) -> Any:
@@ -58,27 +80,124 @@ def _outcome(reference: Any) -> Any:
         return error
 
 
+def submitted_at() -> float | None:
+    """Return when this job was submitted, seconds since the epoch; None: it was not, but started by hand."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    if "job_submission_id" not in job.get("metadata", {}):
+        return None
+    started: int = JobSubmissionClient().get_job_info(job["metadata"]["job_submission_id"]).start_time  # milliseconds
+    return started / 1000
+
+
 def live_nodes() -> list[dict[str, Any]]:
     """Return what Ray says of the nodes that are alive, without those that are about to be taken away."""
     draining = ray._private.state.state.get_draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
-def require(*, cpus: float, gpus: float, why: str) -> None:
-    """Refuse a cluster that cannot run the plan, which would otherwise wait for ever without a word.
+def totals() -> tuple[int, int]:
+    """Return the CPUs and GPUs of the nodes that are here to stay."""
+    resources = [node["Resources"] for node in live_nodes()]
+    cpus, gpus = (int(sum(each.get(name, 0) for each in resources)) for name in ("CPU", "GPU"))
+    return cpus, gpus
 
-    The nodes that an autoscaler may add count too.
+
+def settle_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Return where to work; auto: on GPUs if the cluster has some, or an autoscaler that may add them."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if totals()[1] > 0 or _can_add({"GPU": 1}) else "cpu"
+
+
+def _can_add(bundle: dict[str, float]) -> bool:
+    """Return whether the autoscaler of a cluster says that it can make room for `bundle`; it may start a node."""
+    if "RAY_ADDRESS" not in os.environ or not _autoscaler().autoscaling_state.autoscaler_state_version:
+        return False  # there is none
+    with _reserving([bundle]) as group:
+        asked_at = None
+        while not group.wait(POLL_SECONDS):
+            reply = _autoscaler()
+            asked_at = asked_at or reply.cluster_resource_state.cluster_resource_state_version
+            if reply.autoscaling_state.last_seen_cluster_resource_state_version > asked_at:
+                return not _is_refused(group, reply.autoscaling_state)
+    return True
+
+
+def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float, fix: str) -> None:
+    """Wait until the cluster has room for all bundles at once, which asks its autoscaler for the nodes that lack.
+
+    Says what is there, what is asked for and what is being started.
+
+    Args:
+        bundles: by what they are for ("training"), how many there are and what one takes: `{"CPU": 1, "GPU": 1}`.
+        minutes: to wait at most.
+        fix: what the user may do about a cluster without room.
 
     Raises:
-        ValueError: CPUs or GPUs are lacking.
+        ValueError: there is no room after `minutes`, or the autoscaler says that it cannot make any.
 
     """
-    available = ray.cluster_resources()
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    for name, needed in (("CPU", cpus), ("GPU", gpus)):
-        most = max(available.get(name, 0), limits.get(name, 0))
-        if most < needed:
-            raise ValueError(
-                f"the cluster has {most:g} {name}s, this run needs {math.ceil(needed)}: {why}; lower --num-workers or "
-                "--cpus-per-worker, or add nodes"
-            )
+    asked = ", ".join(
+        f"{count} x {what} ({', '.join(f'{amount:g} {name}' for name, amount in bundle.items())})"
+        for what, (count, bundle) in bundles.items()
+        if count
+    )
+    flat = [bundle for count, bundle in bundles.values() for _ in range(count)]
+    started = shown = time.monotonic()
+    with _reserving(flat) as group:
+        if group.wait(POLL_SECONDS):
+            return
+        print(f"   cluster  {described()}; asked of it: {asked}; waiting up to {minutes:g} min for nodes", flush=True)
+        while not group.wait(POLL_SECONDS):
+            state = _autoscaler().autoscaling_state
+            # A cluster that is busy with other work is worth waiting for.
+            if _is_refused(group, state) and not _is_busy():
+                raise ValueError(f"the cluster has {described()} and can add no nodes for {asked}; {fix}")
+            now = time.monotonic()
+            if now - started > 60 * minutes:
+                raise ValueError(
+                    f"the cluster has {described()}, without room for {asked}, after {minutes:g} min "
+                    f"(--wait-for-nodes); {fix}"
+                )
+            if now - shown > SHOW_SECONDS:
+                shown = now
+                coming = Counter(each.ray_node_type_name for each in state.pending_instances)
+                coming += Counter({each.ray_node_type_name: each.count for each in state.pending_instance_requests})
+                print(
+                    f"waiting for nodes: {described()}; coming: "
+                    + (", ".join(f"{count} {kind}" for kind, count in coming.items()) or "none")
+                    + f"; {duration(now - started)} of {duration(60 * minutes)}",
+                    flush=True,
+                )
+    print(f"nodes are there after {duration(time.monotonic() - started)}: {described()}", flush=True)
+
+
+@contextmanager
+def _reserving(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
+    group = placement_group(bundles)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _autoscaler() -> GetClusterStatusReply:
+    """Return what the cluster and its autoscaler say of themselves; Ray's own summary leaves out what is refused."""
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
+    return reply
+
+
+def _is_refused(group: PlacementGroup, state: AutoscalingState) -> bool:
+    return any(group.id.hex() in request.details for request in state.infeasible_gang_resource_requests)
+
+
+def _is_busy() -> bool:
+    available = ray.available_resources()
+    return any(available.get(name, 0) < total for name, total in zip(("CPU", "GPU"), totals(), strict=True))
+
+
+def described() -> str:
+    """Return in words how large the cluster is."""
+    cpus, gpus = totals()
+    return f"{cpus} CPUs and {gpus} GPUs on {len(live_nodes())} nodes"

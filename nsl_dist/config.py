@@ -240,7 +240,8 @@ class TrackingConfig:
     """MLflow."""
 
     uri: str | None = None
-    """MLflow server or database. None: sqlite:///STORAGE/mlflow.db, or ~/nsl_dist/mlflow.db where storage is remote."""
+    """MLflow server or database. None: that of MLFLOW_TRACKING_URI, else sqlite:///STORAGE/mlflow.db, or
+    ~/nsl_dist/mlflow.db where storage is remote."""
     experiment: str | None = None
     """MLflow experiment. None: the layout of the data set."""
     every: int = 10
@@ -276,10 +277,12 @@ class EvaluateConfig:
     storage: str = "~/nsl_dist"
     """Folder or URI where shards, embeddings and results go; on a cluster, one that all nodes can reach."""
     tracking_uri: str | None = None
-    """MLflow server or database of --run-id. None: sqlite:///STORAGE/mlflow.db, or ~/nsl_dist/mlflow.db where storage
-    is remote."""
+    """MLflow server or database of --run-id. None: that of MLFLOW_TRACKING_URI, else sqlite:///STORAGE/mlflow.db, or
+    ~/nsl_dist/mlflow.db where storage is remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to embed and to search. auto: cuda if the cluster has GPUs."""
+    """Where to embed and to search. auto: cuda if the cluster has GPUs, or its autoscaler may add them."""
+    wait_for_nodes: float = 15.0
+    """Minutes to wait at the start for a cluster to have room: its autoscaler is asked for the nodes."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -303,9 +306,11 @@ class TrainConfig:
     """Threads that each worker trains with on CPUs. None: the cores of a machine, shared by its workers. A run that
     goes on keeps them: another number sums in another order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers train. auto: cuda if the cluster has GPUs."""
+    """Where workers train. auto: cuda if the cluster has GPUs, or its autoscaler may add them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of the backbone. auto: bfloat16 on GPUs that compute in it, float32 on CPUs."""
+    wait_for_nodes: float = 15.0
+    """Minutes to wait at the start for a cluster to have room for the run: its autoscaler is asked for the nodes."""
     max_failures: int = 3
     """Failures of workers, lost nodes included, after which a run goes on from its last checkpoint; -1: no limit."""
     seed: int = 0
@@ -321,6 +326,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.cpus_per_worker >= 1, f"--cpus-per-worker {self.cpus_per_worker} must be at least 1")
         _require(self.threads is None or self.threads >= 1, f"--threads {self.threads} must be at least 1")
+        _require(self.wait_for_nodes >= 0, f"--wait-for-nodes {self.wait_for_nodes} must not be negative")
         _require(self.seed >= 0, f"--seed {self.seed} must not be negative")
         _require(
             self.precision != "bfloat16" or self.data.image_size >= 32,
@@ -389,8 +395,8 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 # What may change when a run goes on: it decides neither the batches nor what they do to the model.
 FREE_TO_CHANGE = re.compile(
-    r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|max_failures|checkpoint\..*|eval\..*|tracking\..*|"
-    r"data\.(root|layout|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
+    r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|wait_for_nodes|max_failures|"
+    r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
 )
 
 

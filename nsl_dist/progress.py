@@ -36,6 +36,29 @@ class Progress:
         )
 
 
+class Phases:
+    """Measures work that comes in phases, one after the other.
+
+    Args:
+        began: when the first began, seconds since the epoch; None: now.
+
+    """
+
+    def __init__(self, *, began: float | None = None) -> None:
+        self._last = began or time.time()
+        self._seconds: dict[str, float] = {}
+
+    def end(self, name: str) -> None:
+        """End the phase `name`; the next begins."""
+        now = time.time()
+        self._seconds[name] = now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self._seconds.items())
+        return f"{duration(sum(self._seconds.values()))}: {phases}"
+
+
 def duration(seconds: float) -> str:
     """Return a time as a person would write it."""
     minutes, rest = divmod(round(seconds), 60)

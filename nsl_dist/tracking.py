@@ -35,8 +35,8 @@ class Tracker:
         """Connect; the first time, MLflow sets its database up for seconds.
 
         Args:
-            uri: MLflow server or database; None: a SQLite database in `storage_root`, or where that is remote in the
-                user's own folder.
+            uri: MLflow server or database; None: that of MLFLOW_TRACKING_URI, else a SQLite database in `storage_root`,
+                or where that is remote in the user's own folder.
             storage_root: folder or URI of the runs.
             may_be_away: for a run that goes on, which need not wait for it.
 
@@ -54,6 +54,7 @@ class Tracker:
         # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
         uri = uri or f"sqlite:///{local_root}/mlflow.db"

@@ -24,7 +24,7 @@ import ray.data
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from nsl_dist import storage
+from nsl_dist import cluster, storage
 from nsl_dist.config import Layout
 from nsl_dist.data.layouts import RECORDS_SCHEMA, read_records, recognise
 from nsl_dist.data.synthetic import write_products
@@ -326,7 +326,9 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
 
     tasks = [{"name": name, "start": start, "stop": stop} for name, start, stop in ranges]
     few = ray.data.TaskPoolStrategy(min(len(tasks), math.ceil(len(records) / IMAGES_PER_PROCESS)))
-    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write, num_cpus=1, compute=few)
+    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        write, num_cpus=1, compute=few, ray_remote_args_fn=cluster.prefer_cpu_nodes
+    )
     reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
 
     classes = _index_classes([row for report in reports for row in report["classes"]])

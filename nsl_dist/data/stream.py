@@ -112,6 +112,7 @@ def planned_batches(
         def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
             return make_part(rows)
 
+    cluster.quiet_ray_data()
     context = ray.data.DataContext.get_current().copy()
     num_blocks = (last_step - first_step) * world_size
     # One block of all turns, of which each task is given its row. ray.data.range would put what each task reads into
@@ -122,7 +123,7 @@ def planned_batches(
         RefBundle((entry,), schema=turns.schema, owns_blocks=False, slices=(BlockSlice(turn, turn + 1),))
         for turn in range(num_blocks)
     ]
-    work: dict[str, Any] = {"fn": make_part, "num_cpus": 1}
+    work: dict[str, Any] = {"fn": make_part, "num_cpus": 1, "ray_remote_args_fn": cluster.prefer_cpu_nodes}
     if not spare_cpus:
         # Ray ends processes beyond a node's CPUs after each task, but not an actor's. To those on a node that is about
         # to be taken away Ray Data gives nothing more to do: so they are on all nodes.

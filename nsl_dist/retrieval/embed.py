@@ -16,7 +16,7 @@ import ray.data
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from nsl_dist import storage
+from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
 from nsl_dist.progress import Progress
@@ -128,10 +128,10 @@ def _embed_shards(
     num_images = sum(counts[key] for key in todo)
     # Few images are not worth the start of many processes.
     most_batches = max(1, math.ceil(num_images / config.eval.batch_size))
-    most_actors = min(num_gpus or max(1, int(ray.cluster_resources()["CPU"]) // 2), most_batches)
+    most_actors = min(num_gpus or max(1, cluster.totals()[0] // 2), most_batches)
     embedded = (
         ray.data.range(len(todo), override_num_blocks=max(1, min(len(todo), most_batches)))
-        .map_batches(read, batch_size=None, num_cpus=1)
+        .map_batches(read, batch_size=None, num_cpus=1, ray_remote_args_fn=cluster.prefer_cpu_nodes)
         .map_batches(
             _Embedder,
             fn_constructor_args=(weights and ray.put(weights), config, most_actors),

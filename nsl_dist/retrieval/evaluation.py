@@ -230,7 +230,7 @@ def evaluate_checkpoint(
         Metrics for Ray Train to keep with the checkpoint.
 
     """
-    cluster.hide_progress_bars()
+    cluster.quiet_ray_data()
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, nmi=False))
     location = storage.join(run_dir, checkpoint.path.rpartition("/")[2])
     results = evaluate(storage.join(location, MODEL_FILE), config, manifest, num_gpus=0)  # training holds the GPUs
@@ -273,12 +273,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         tracker.add_to(config.run_id)
 
     cluster.connect(num_cpus=2)
-    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if config.device != "cpu" else 0
-    if config.device == "cuda" and num_gpus == 0:
-        raise ValueError("--device cuda needs GPUs, the cluster has none; leave it out, or add nodes")
-    cluster.require(
-        cpus=1 if num_gpus else 2, gpus=0, why="one to read and decode" + ("" if num_gpus else ", one to embed")
+    on_gpus = cluster.settle_device(config.device) == "cuda"
+    cluster.wait_for(
+        {"reading": (1, {"CPU": 1}), "embedding": (1, {"GPU": 1} if on_gpus else {"CPU": 1})},
+        minutes=config.wait_for_nodes,
+        fix="choose another --device, or add nodes",
     )
+    cpus, gpus = cluster.totals()
+    num_gpus = gpus if on_gpus else 0
     manifest = _open_test_data(config, settings, trained["digest"])
     ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
     settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))
@@ -294,7 +296,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "search": f"{images} query {searched}; {config.eval.index or 'exact'}, "
         f"{config.eval.num_shards or 'a shard for each ' + ('GPU' if num_gpus else 'node')}"
         f"{' shards' if config.eval.num_shards else ''}, {config.eval.memory_budget:g} GiB",
-        "cluster": f"{ray.cluster_resources().get('CPU', 0):g} CPUs and {num_gpus} GPUs",
+        "cluster": f"{cpus} CPUs and {gpus} GPUs",
         "MLflow": f"run {config.run_id} of {tracker.uri}" if tracker else "left alone; --run-id adds to a run",
     }
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster
 from nsl_dist.config import EvalConfig
@@ -394,18 +395,23 @@ def open_gallery(
     """
     if embeddings.num_vectors > MOST_IDS:
         raise ValueError(f"{embeddings.num_vectors:,} vectors in one gallery: {MOST_IDS:,} is the most")
-    nodes = [node["Resources"] for node in cluster.live_nodes()]
+    nodes = [node for node in cluster.live_nodes() if node["Resources"].get("CPU")]  # the head of a cluster has none
     gpus = num_gpus if "float" in kinds and exact else 0
     num_shards = min(config.num_shards or gpus or len(nodes), embeddings.num_vectors)
     gpus = min(gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
-    hosts = [node for node in nodes if node.get("GPU")] if gpus else nodes
+    hosts = [node for node in nodes if node["Resources"].get("GPU")] if gpus else nodes
     shards_on_a_node = -(-num_shards // max(1, len(hosts)))
     memory = config.memory_budget * 2**30
     threads = {"blocks": BLOCKS_IN_FLIGHT, "search": BLOCKS_IN_FLIGHT - 1, "ties": 1}
-    actor = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", concurrency_groups=threads)(GalleryShard)
+    actor = ray.remote(num_cpus=0, concurrency_groups=threads)(GalleryShard)
     shards = [
-        actor.options(num_gpus=1 if place < gpus else 0).remote(
+        actor.options(
+            num_gpus=1 if place < gpus else 0,
+            scheduling_strategy="SPREAD"
+            if place < gpus
+            else NodeAffinitySchedulingStrategy(hosts[place % len(hosts)]["NodeID"], soft=True),
+        ).remote(
             embeddings,
             range(start, stop),
             kinds,

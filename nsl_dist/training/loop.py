@@ -95,7 +95,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         assert loaded.step == first_step, f"{location} is of step {loaded.step}, not {first_step}"
         num_bytes = loaded.num_bytes
     checkpoints = _Checkpoints(training, manifest, run_dir, progress)
-    agreement = _Agreement(config, orders, first_step=first_step)
+    agreement = _Agreement(config, progress, orders, first_step=first_step)
 
     labels_B = plan.batch(first_step).labels
     meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
@@ -210,7 +210,8 @@ class _Agreed:
 class _Agreement:
     """What all workers do after the same iteration: write a checkpoint out of turn, or write one and leave."""
 
-    def __init__(self, config: TrainConfig, orders: Queue, *, first_step: int) -> None:
+    def __init__(self, config: TrainConfig, progress: Queue, orders: Queue, *, first_step: int) -> None:
+        self._progress = progress
         self._minutes = config.checkpoint.minutes
         self._orders = orders
         self._rank = ray.train.get_context().get_world_rank()
@@ -238,6 +239,8 @@ class _Agreement:
             nodes, before = self._live_nodes(), self._nodes
             grown, noticed = self._elastic and nodes - before, (before - nodes).intersection(self._worker_nodes)
             self._nodes = nodes
+            if nodes != before:
+                self._progress.put({"step": step, "cluster": cluster.described()})
             write = bool(due or noticed or grown or leave)
             if write:
                 self._written_at = now

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.util.queue import Queue
 
-from nsl_dist.progress import duration
+from nsl_dist.progress import Phases, duration
 from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
 from nsl_dist.training.schedule import Schedule
 
@@ -19,18 +19,25 @@ class Relay:
 
     Steps that are done again after a failure are shown but not tracked again.
 
+    Args:
+        records: from the workers.
+        tracked: the MLflow run.
+        schedule: of the run.
+        phases: of its start; the last ends with the first iteration.
+
     Attributes:
         rates: throughputs so far, images/s.
         left_at: iterations after which the workers have left as they were told; None: they have not.
 
     """
 
-    def __init__(self, records: Queue, tracked: "Tracker", schedule: Schedule) -> None:
+    def __init__(self, records: Queue, tracked: "Tracker", schedule: Schedule, phases: Phases) -> None:
         self.rates: list[float] = []
         self.left_at: int | None = None
         self._records = records
         self._tracked = tracked
         self._schedule = schedule
+        self._phases = phases
         self._shown_step = 0
         self._seen_at = time.monotonic()
         self._num_attempts = 0
@@ -52,6 +59,8 @@ class Relay:
                 self._show_attempt(record["attempt"], step)
             elif "left" in record:
                 self.left_at = step
+            elif "cluster" in record:
+                print(f"step {step:,}: the cluster has {record['cluster']} now", flush=True)
             elif "warning" in record:
                 print(f"step {step:,}: {record['warning']}", flush=True)
             elif "checkpoint" in record:
@@ -74,7 +83,8 @@ class Relay:
         if attempt["left_out"]:
             where += f", without {attempt['left_out']:,} classes of damaged shards"
         if self._num_attempts == 1:
-            print(f"step {step + 1:,}: training {where}", flush=True)
+            self._phases.end("workers and first iteration")
+            print(f"step {step + 1:,}: training {where}\nstarted in {self._phases}", flush=True)
         else:
             again = max(0, self._shown_step - step)
             silence = duration(time.monotonic() - self._seen_at)

@@ -27,7 +27,7 @@ from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig, config_from_dict, differences
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, layout_of, open_data
-from nsl_dist.progress import duration
+from nsl_dist.progress import Phases, duration
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.retrieval.evaluation import (
     evaluate,
@@ -79,20 +79,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
         TrainingError: what cannot be mended by starting again, or failed more often than `config.max_failures`.
 
     """
-    started = time.monotonic()
+    called_at, started = time.time(), time.monotonic()
     seconds: dict[str, float] = {}
-    config = dataclasses.replace(config, storage=storage.absolute(config.storage))  # the same place for every process
+    config = dataclasses.replace(
+        config,
+        storage=storage.absolute(config.storage),  # the same place for every process
+        run_name=config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+    )
+    run_dir = run_folder(config.storage, str(config.run_name))
     layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
     storage.check_writable(config.storage)
-    config = _as_started(config)
-    opening = ThreadPoolExecutor(1).submit(_open_tracking, config)  # takes as long as starting Ray
+    config = _as_started(config, run_dir)
+    opening = ThreadPoolExecutor(1).submit(_open_tracking, config, run_dir)  # takes as long as starting Ray
+    _refuse_to_train_again(config, run_dir, opening)
+    _refuse_to_change(config, run_dir)
     _, most_workers = config.worker_range or (1, 1)
     check_index(config.eval, config.model.dim)
     cluster.connect(num_cpus=_cpus_needed(config, most_workers))
+    phases = Phases(began=cluster.submitted_at() or called_at)
+    phases.end("job and Ray")
     config = _settle(config)
-    run_dir = run_folder(config.storage, str(config.run_name))
-    _refuse_to_train_again(config, run_dir, opening)
-    _refuse_to_change(config, run_dir)
+    phases.end("nodes")
     check = ray.remote(_check_model).remote(config) if newest_checkpoint(run_dir) is None else None
 
     if config.data.root is None:
@@ -106,12 +113,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if check is not None:
         cluster.get(check)
+    phases.end("data and model")
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     schedule = Schedule(config.optim, plan.steps_per_epoch)
     tracked = opening.result()
     _start_tracking(tracked, config, manifest, run_dir)
     _announce(config, manifest, schedule, run_dir, tracked)
+    phases.end("MLflow")
     seconds["setup"] = time.monotonic() - started
 
     num_gpus = _worker_range(config)[0] if config.device == "cuda" else 0
@@ -121,9 +130,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             results["untrained"] = evaluate(None, config, manifest, num_gpus=num_gpus)
             tracked.log(metrics_by_name(results["untrained"]), step=0)
             print(f"untrained: {recall_line(results['untrained'])}", flush=True)
+            phases.end("untrained evaluation")
 
         started = time.monotonic()
-        rates = _fit(config, manifest, tracked, run_dir, schedule)
+        rates = _fit(config, manifest, tracked, run_dir, schedule, phases)
         checkpoint = find_checkpoint(run_dir)
         seconds["train"] = time.monotonic() - started
 
@@ -158,9 +168,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return results
 
 
-def _as_started(config: TrainConfig) -> TrainConfig:
+def _as_started(config: TrainConfig, run_dir: str) -> TrainConfig:
     """Fill in what the command of a run that goes on leaves to the cluster, which may not have all of its nodes yet."""
-    before = _started_with(run_folder(config.storage, config.run_name)) if config.run_name else None
+    before = _started_with(run_dir)
     if before is None:
         return config
     return dataclasses.replace(
@@ -172,31 +182,37 @@ def _as_started(config: TrainConfig) -> TrainConfig:
 
 
 def _settle(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on the cluster, and check that it can run the plan."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
+    """Fill in what depends on the cluster, once it has room for the plan.
+
+    Raises:
+        ValueError: it has none, or does not say how many workers to start.
+
+    """
+    _, gpus = cluster.totals()
+    device = cluster.settle_device(config.device)
     if device == "cpu" and config.model.batch_norm == "sync":
         raise ValueError("--model.batch-norm sync needs GPUs; choose local or frozen")
+    if device == "cuda" and not gpus and config.num_workers is None:
+        raise ValueError("the cluster has no GPUs yet: say with --num-workers how many it is to find, or --device cpu")
     batch_size = config.data.batch_size
     # Of the cluster's GPUs as many as share the batch evenly.
     most_workers = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0) if device == "cuda" else 1
-    run_name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = dataclasses.replace(
-        config, device=device, num_workers=config.num_workers or most_workers, run_name=run_name
-    )
+    config = dataclasses.replace(config, device=device, num_workers=config.num_workers or most_workers)
     fewest, most = _worker_range(config)
+    cluster.wait_for(
+        {
+            "training": (fewest, _worker_resources(config)),
+            "reading": (DATA_CPUS, {"CPU": 1}),
+            "evaluation in mid-run": (MID_RUN_EVAL_CPUS if config.eval.every else 0, {"CPU": 1}),
+        },
+        minutes=config.wait_for_nodes,
+        fix="lower --num-workers or --cpus-per-worker, or add nodes",
+    )
     if config.threads is None:
         # A node may be less than a machine, and a Ray of our own have more CPUs than its machine.
-        cores, cpus = os.cpu_count() or 1, int(ray.cluster_resources()["CPU"])
+        cores, (cpus, _) = os.cpu_count() or 1, cluster.totals()
         threads = max(1, min(cores // math.ceil(most / len(cluster.live_nodes())), cpus // most))
         config = dataclasses.replace(config, threads=threads)
-
-    cluster.require(
-        cpus=_cpus_needed(config, fewest),
-        gpus=fewest if device == "cuda" else 0,
-        why=f"{fewest} training workers with {config.cpus_per_worker} CPUs each, {DATA_CPUS} to read and decode"
-        + (f", {MID_RUN_EVAL_CPUS} to evaluate in mid-run" if config.eval.every else ""),
-    )
     return config
 
 
@@ -244,6 +260,11 @@ def _worker_range(config: TrainConfig) -> tuple[int, int]:
     return config.worker_range
 
 
+def _worker_resources(config: TrainConfig) -> dict[str, float]:
+    """Return what one training worker of a settled configuration reserves."""
+    return {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
+
+
 def _cpus_needed(config: TrainConfig, num_workers: int) -> int:
     """Return the CPUs that a run needs: its training workers' and those beside."""
     return num_workers * config.cpus_per_worker + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
@@ -265,12 +286,10 @@ def _check_model(config: TrainConfig) -> None:
         ) from error
 
 
-def _open_tracking(config: TrainConfig) -> "Tracker":
+def _open_tracking(config: TrainConfig, run_dir: str) -> "Tracker":
     from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
 
-    goes_on = config.run_name is not None and storage.exists(
-        storage.join(run_folder(config.storage, config.run_name), MLFLOW_ID_FILE)
-    )
+    goes_on = storage.exists(storage.join(run_dir, MLFLOW_ID_FILE))
     return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
 
 
@@ -308,7 +327,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
     numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
     mib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**20
-    resources = ray.cluster_resources()
+    cpus, gpus = cluster.totals()
     first_phase = (
         f"{config.optim.new_layers_epochs} epochs of the new layers, then " if config.optim.new_layers_epochs else ""
     )
@@ -336,8 +355,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         + f"{config.data.batch_size // fewest} on each worker",
         "schedule": f"{first_phase}{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = "
         f"{schedule.num_steps:,} in all; SGD {config.optim.lr}, {config.optim.schedule}",
-        "workers": f"{config.num_workers} on {config.device}; the cluster has {resources.get('CPU', 0):g} CPUs and "
-        f"{resources.get('GPU', 0):g} GPUs",
+        "workers": f"{config.num_workers} on {config.device}; the cluster has {cpus} CPUs and {gpus} GPUs",
         "checkpoint": f"every {config.checkpoint.every}{'' if config.checkpoint.minutes else ' iterations'}"
         + (f"; goes on from {checkpoint}" if checkpoint else ""),
         "written to": run_dir,
@@ -346,7 +364,9 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
 
 
-def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: str, schedule: Schedule) -> list[float]:
+def _fit(
+    config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: str, schedule: Schedule, phases: Phases
+) -> list[float]:
     """Train on Ray Train to the last step; return the throughputs on the way, images/s.
 
     Raises:
@@ -359,7 +379,6 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     filesystem, path = storage.resolve(storage.join(config.storage, "runs"))
-    resources = {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
     new_trainer = functools.partial(
         TorchTrainer,
         _train_worker,
@@ -373,7 +392,9 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
         scaling_config=ray.train.ScalingConfig(
             num_workers=(fewest, most) if most > fewest else fewest,
             use_gpu=config.device == "cuda",
-            resources_per_worker=resources,
+            resources_per_worker=_worker_resources(config),
+            # Gradients travel fastest within a node; threads of workers on CPUs share one.
+            placement_strategy="PACK" if config.device == "cuda" else "SPREAD",
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
@@ -392,7 +413,7 @@ def _fit(config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: s
             ray_remote_kwargs={"num_cpus": 0},
         ),
     )
-    relay = Relay(progress, tracked, schedule)
+    relay = Relay(progress, tracked, schedule, phases)
 
     def has_left() -> bool:
         if relay.left_at is None:

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# A training under Slurm: one Ray node on each of the machines, for as long as the job lasts.
+#
+#   sbatch --nodes 2 cluster/slurm.sh --recipe sop_resnet50 --run-name sop --num-workers 8 \
+#       --data.root /shared/sop_shards --storage /shared/nsl_dist
+#
+# From the root of the repository, on a file system that all machines share, after `make setup` there. Two minutes before
+# its time is over, or when it is preempted, the job writes a checkpoint, and is queued again to go on; with --run-name.
+#SBATCH --job-name=nsl_dist
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+cd "$SLURM_SUBMIT_DIR"
+PATH=$PWD/.venv/bin:$PATH
+# A token of this job alone: whoever else is on these machines cannot reach its Ray.
+RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export PATH RAY_AUTH_MODE RAY_AUTH_TOKEN
+PORT=$((20000 + SLURM_JOB_ID % 10000))
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines 1)
+CPUS=${SLURM_CPUS_PER_TASK:-$(nproc)}
+GPUS=${SLURM_GPUS_ON_NODE:-0}
+
+srun --nodes 1 --ntasks 1 --nodelist "$HEAD" ray start --head --block --node-ip-address "$HEAD" --port "$PORT" \
+  --dashboard-host 127.0.0.1 --num-cpus "$CPUS" --num-gpus "$GPUS" &
+export RAY_ADDRESS=$HEAD:$PORT
+until ray status > /dev/null 2>&1; do sleep 2; done
+if ((SLURM_NNODES > 1)); then
+  srun --nodes $((SLURM_NNODES - 1)) --ntasks $((SLURM_NNODES - 1)) --exclude "$HEAD" \
+    ray start --block --address "$RAY_ADDRESS" --num-cpus "$CPUS" --num-gpus "$GPUS" &
+fi
+
+python jobs/train_sop.py "$@" &
+TRAINING=$!
+trap 'kill -TERM $TRAINING' TERM
+status=0
+wait $TRAINING || status=$?
+if ((status == 143)); then # the signal ended the first wait, the training writes its checkpoint
+  status=0
+  wait $TRAINING || status=$?
+fi
+if ((status == 143)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status

@@ -1,0 +1,222 @@
+"""Files that launch clusters, checked by their readers: Ray, AWS as moto plays it, Kubernetes' client, linters."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import jsonschema
+import kubernetes
+import pytest
+import yaml
+from moto import mock_aws
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+UP_FILES = ["ray_cluster.yaml", "cluster/gcp.yaml"]
+MANIFESTS = sorted((ROOT / "cluster" / "kubernetes").glob("*.yaml"))
+KUBERAY_FIELDS = json.loads((Path(__file__).parent / "kuberay_fields.json").read_text())
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def documents() -> list[dict[str, Any]]:
+    return [document for path in MANIFESTS for document in yaml.safe_load_all(path.read_text())]
+
+
+@pytest.mark.parametrize("name", UP_FILES)
+def test_ray_up_files(name: str) -> None:
+    config = prepare_config(load(name))
+    validate_config(config)
+    kinds = dict(config["available_node_types"])
+    head = kinds.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert set(kinds) == {"gpu_spot", "gpu_on_demand", "data"}
+    assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in kinds.values())
+    assert sum(kind["max_workers"] for kind in kinds.values()) == config["max_workers"]
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert "~/.ray/auth_token" in config["file_mounts"]
+    # What a user must change, and nothing but that, is above the first setting of the cluster.
+    assert list(load(name))[:2] == ["metadata", "cluster_name"]
+
+
+@pytest.mark.parametrize("name", UP_FILES)
+@pytest.mark.parametrize("place", [(), ("docker",), ("available_node_types", "data")])
+def test_misspelt_fields_of_ray_up_files_are_refused(name: str, place: tuple[str, ...]) -> None:
+    config = prepare_config(load(name))
+    inner = config
+    for key in place:
+        inner = inner[key]
+    inner["max_wrokers"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="max_wrokers"):
+        validate_config(config)
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """An account with the stack of cluster/aws_access.yaml; and our file, with what that stack put out."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key to ~/.ssh
+    monkeypatch.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    config = load("ray_cluster.yaml")
+    region = config["provider"]["region"]
+    with mock_aws():
+        vpc = boto3.client("ec2", region).describe_vpcs()["Vpcs"][0]["VpcId"]
+        stacks = boto3.client("cloudformation", region)
+        parameters = {"Vpc": vpc, "SshFrom": "203.0.113.7/32", "Bucket": "images"}
+        stacks.create_stack(
+            StackName="nsl-dist",
+            TemplateBody=(ROOT / "cluster" / "aws_access.yaml").read_text(),
+            Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in parameters.items()],
+            Capabilities=["CAPABILITY_NAMED_IAM"],
+        )
+        (stack,) = stacks.describe_stacks(StackName="nsl-dist")["Stacks"]
+        (group,) = (each["OutputValue"] for each in stack["Outputs"] if each["OutputKey"] == "SecurityGroup")
+        for kind in config["available_node_types"].values():
+            assert kind["node_config"]["SecurityGroupIds"] == ["sg-00000000000000000"]
+            kind["node_config"]["SecurityGroupIds"] = [group]
+        yield config
+
+
+def test_aws_starts_and_ends_every_kind_of_node(aws: dict[str, Any]) -> None:
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    config = prepare_config(copy.deepcopy(aws))
+    validate_config(config)
+    config = bootstrap_aws(config)
+    region = config["provider"]["region"]
+    ec2 = boto3.client("ec2", region)
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for name, kind in config["available_node_types"].items():
+        tags = {TAG_RAY_NODE_KIND: "worker", TAG_RAY_NODE_NAME: name, TAG_RAY_USER_NODE_TYPE: name}
+        provider.create_node(kind["node_config"], tags, 1)
+    nodes = {provider.node_tags(node)[TAG_RAY_NODE_NAME]: node for node in provider.non_terminated_nodes({})}
+    assert set(nodes) == {"head", "gpu_spot", "gpu_on_demand", "data"}
+    profiles = {}
+    for name, node in nodes.items():
+        (reservation,) = ec2.describe_instances(InstanceIds=[node])["Reservations"]
+        (instance,) = reservation["Instances"]
+        asked = aws["available_node_types"][name]["node_config"]
+        assert instance["InstanceType"] == asked["InstanceType"]
+        assert [each["GroupId"] for each in instance["SecurityGroups"]] == asked["SecurityGroupIds"]
+        assert {each["Key"]: each["Value"] for each in instance["Tags"]}[TAG_RAY_CLUSTER_NAME] == "nsl-dist"
+        profiles[name] = instance["IamInstanceProfile"]["Arn"].rpartition("/")[2]
+    assert profiles == {"head": "nsl-dist-head"} | dict.fromkeys(("gpu_spot", "gpu_on_demand", "data"), "nsl-dist-node")
+    # Nothing but SSH is open, and that to one address; Ray added no group of its own.
+    (group,) = ec2.describe_security_groups(GroupIds=asked["SecurityGroupIds"])["SecurityGroups"]
+    outside = [rule for rule in group["IpPermissions"] if rule.get("IpRanges")]
+    assert [(rule["FromPort"], rule["ToPort"], [each["CidrIp"] for each in rule["IpRanges"]]) for rule in outside] == [
+        (22, 22, ["203.0.113.7/32"])
+    ]
+    provider.terminate_nodes(list(nodes.values()))
+    states = [
+        instance["State"]["Name"]
+        for reservation in ec2.describe_instances(InstanceIds=list(nodes.values()))["Reservations"]
+        for instance in reservation["Instances"]
+    ]
+    assert states == ["terminated"] * 4
+
+
+def pod_templates(value: object) -> Iterator[dict[str, Any]]:
+    """Find every pod template below a value."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key == "template":
+                yield each
+            yield from pod_templates(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from pod_templates(each)
+
+
+def as_kubernetes_reads(fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return what is left of `fields` once Kubernetes' client has read them: those that it does not know are not."""
+    client = kubernetes.client.ApiClient()
+    read = client.deserialize(json.dumps(fields), kind, "application/json")
+    return client.sanitize_for_serialization(read)
+
+
+def test_kubernetes_knows_every_field() -> None:
+    templates = [template for document in documents() for template in pod_templates(document)]
+    assert len(templates) == 5  # head, GPU and data nodes; MLflow and its database
+    for template in templates:
+        assert as_kubernetes_reads(template, "V1PodTemplateSpec") == template
+    builtin = {"Service": "V1Service", "Deployment": "V1Deployment", "StatefulSet": "V1StatefulSet"}
+    ours = [document for document in documents() if document["kind"] in builtin]
+    assert len(ours) == 4
+    for document in ours:
+        assert as_kubernetes_reads(document, builtin[document["kind"]]) == document
+
+
+def test_kubernetes_drops_misspelt_fields() -> None:
+    template = copy.deepcopy(next(pod_templates(documents())))
+    template["spec"]["containers"][0]["volumeMount"] = []
+    assert as_kubernetes_reads(template, "V1PodTemplateSpec") != template
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_kuberay_knows_every_field(kind: str) -> None:
+    (document,) = (document for document in documents() if document["kind"] == kind)
+    jsonschema.validate(document["spec"], KUBERAY_FIELDS[kind])
+    wrong = document["spec"] | {"enableAutoscaling": True}
+    with pytest.raises(jsonschema.ValidationError, match="enableAutoscaling"):
+        jsonschema.validate(wrong, KUBERAY_FIELDS[kind])
+
+
+def test_kuberay_cluster_grows_and_keeps_its_head_free() -> None:
+    (cluster,) = (document["spec"] for document in documents() if document["kind"] == "RayCluster")
+    (job,) = (document["spec"] for document in documents() if document["kind"] == "RayJob")
+    assert cluster["enableInTreeAutoscaling"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    assert all(group["minReplicas"] == 0 < group["maxReplicas"] for group in groups.values())
+    limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in groups.items()}
+    assert "nvidia.com/gpu" in limits["gpu"]
+    assert "nvidia.com/gpu" not in limits["data"]
+    assert job["clusterSelector"] == {"ray.io/cluster": "nsl-dist"}
+
+
+def test_images_are_pinned_and_of_one_version() -> None:
+    ours = re.compile(r"REGISTRY/nsl_dist:(\S+)")
+    versions = {version for path in ROOT.glob("cluster/**/*.yaml") for version in ours.findall(path.read_text())} | set(
+        ours.findall((ROOT / "ray_cluster.yaml").read_text())
+    )
+    assert versions == {"0.1.0"}
+    bases = re.findall(r"^FROM (\S+)", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
+    assert len(set(bases)) == 1
+    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", bases[0])
+
+
+@pytest.mark.parametrize(
+    ("linter", "files"), [("shellcheck", ["cluster/slurm.sh", ".ci/run"]), ("hadolint", ["cluster/Dockerfile"])]
+)
+def test_linters(linter: str, files: list[str]) -> None:
+    done = subprocess.run([BIN / linter, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_credentials_in_any_file() -> None:
+    assigned = r"(secret|password|token)\w*['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9+/]{20,}"
+    secret = re.compile(rf"AKIA[0-9A-Z]{{16}}|BEGIN [A-Z ]*PRIVATE KEY|{assigned}", re.IGNORECASE)
+    example = "aws_secret_access_key = " + "wJalrXUtnFEMIK7MDENG" + "bPxRfiCYEXAMPLEKEY"
+    assert secret.search(example)
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    paths = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    assert len(paths) > 50
+    found = {path.name: match[0] for path in paths if (match := secret.search(path.read_text()))}
+    assert not found
