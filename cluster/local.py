@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 HEAD_KIND = "ray.head.default"  # as Ray's provider of fake nodes calls it
 HEAD_ID = "f" * 51 + "00000"
 START_SECONDS = 120
-STOP_SECONDS = 30
+STOP_SECONDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _run(config: LocalConfig, directory: Path) -> None:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        head.terminate()
+        os.killpg(head.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError):
