@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A training under Slurm: one Ray node on each of the machines, for as long as the job lasts.
 #
-#   sbatch --nodes 2 cluster/slurm.sh --recipe sop_resnet50 --run-name sop --num-workers 8 \
+#   sbatch --nodes 2 cluster/slurm.sh --recipe sop_resnet50 --run-name sop --data.batch-size 80 \
 #       --data.root /shared/sop_shards --storage /shared/nsl_dist
 #
 # From the root of the repository, on a file system that all machines share, after `make setup` there. Two minutes before
@@ -22,21 +22,30 @@ PATH=$PWD/.venv/bin:$PATH
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export PATH RAY_AUTH_MODE RAY_AUTH_TOKEN
-PORT=$((20000 + SLURM_JOB_ID % 10000))
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines 1)
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=$(head --lines 1 <<< "$NODES") # where this script runs
+ADDRESS=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
 CPUS=${SLURM_CPUS_PER_TASK:-$(nproc)}
 GPUS=${SLURM_GPUS_ON_NODE:-0}
+export RAY_ADDRESS=$ADDRESS:$((20000 + SLURM_JOB_ID % 10000))
+export SRUN_CPUS_PER_TASK=$CPUS # which srun does not take over by itself
 
-srun --nodes 1 --ntasks 1 --nodelist "$HEAD" ray start --head --block --node-ip-address "$HEAD" --port "$PORT" \
-  --dashboard-host 127.0.0.1 --num-cpus "$CPUS" --num-gpus "$GPUS" &
-export RAY_ADDRESS=$HEAD:$PORT
-until ray status > /dev/null 2>&1; do sleep 2; done
+srun --nodes 1 --ntasks 1 --nodelist "$HEAD" ray start --head --block --node-ip-address "$ADDRESS" \
+  --port "${RAY_ADDRESS##*:}" --dashboard-host 127.0.0.1 --num-cpus "$CPUS" --num-gpus "$GPUS" &
+HEAD_STEP=$!
+until ray status > /dev/null 2>&1; do
+  kill -0 $HEAD_STEP
+  sleep 2
+done
 if ((SLURM_NNODES > 1)); then
   srun --nodes $((SLURM_NNODES - 1)) --ntasks $((SLURM_NNODES - 1)) --exclude "$HEAD" \
     ray start --block --address "$RAY_ADDRESS" --num-cpus "$CPUS" --num-gpus "$GPUS" &
 fi
 
-python jobs/train_sop.py "$@" &
+# A worker for each GPU, unless the arguments say otherwise; the training waits until all nodes have joined.
+WORKERS=()
+if ((GPUS > 0)); then WORKERS=(--num-workers $((SLURM_NNODES * GPUS))); fi
+python jobs/train_sop.py "${WORKERS[@]}" "$@" &
 TRAINING=$!
 trap 'kill -TERM $TRAINING' TERM
 status=0

@@ -193,7 +193,9 @@ def _settle(config: TrainConfig) -> TrainConfig:
     if device == "cpu" and config.model.batch_norm == "sync":
         raise ValueError("--model.batch-norm sync needs GPUs; choose local or frozen")
     if device == "cuda" and not gpus and config.num_workers is None:
-        raise ValueError("the cluster has no GPUs yet: say with --num-workers how many it is to find, or --device cpu")
+        raise ValueError(
+            "the cluster has no GPUs; if it can add nodes with them, say for how many --num-workers; else --device cpu"
+        )
     batch_size = config.data.batch_size
     # Of the cluster's GPUs as many as share the batch evenly.
     most_workers = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0) if device == "cuda" else 1

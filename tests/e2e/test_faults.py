@@ -230,9 +230,9 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(free) | {"threads": 3}))
     open_to_cluster = dataclasses.replace(config, storage=str(tmp_path), num_workers=None)
-    settled = _as_started(open_to_cluster)
+    settled = _as_started(open_to_cluster, str(run_dir))
     assert (settled.device, settled.num_workers, settled.threads) == ("cpu", 2, 3)
-    assert _as_started(dataclasses.replace(open_to_cluster, num_workers=4)).num_workers == 4
+    assert _as_started(dataclasses.replace(open_to_cluster, num_workers=4), str(run_dir)).num_workers == 4
     changed = dataclasses.replace(config, optim=OptimConfig(lr=0.02), proxies=ProxyConfig(sample_rate=0.1))
     with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; give the same"):
         _refuse_to_change(changed, str(tmp_path))
@@ -322,7 +322,8 @@ def test_mlflow_that_is_away_for_a_while(
 
     server = serve()
     try:
-        tracker = Tracker(f"http://127.0.0.1:{port}", storage_root=str(tmp_path))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        tracker = Tracker(None, storage_root=str(tmp_path))
         tracker.start(TrainConfig(run_name="away"), experiment="away", digest="d")
         tracker.log({"loss": 3.0}, step=1)
         stop(server)

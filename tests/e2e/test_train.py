@@ -167,8 +167,12 @@ def test_finished_run_is_not_trained_again(finished: tuple[Path, str], root: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_workers": 8}, r"has [45] CPUs, this run needs 9: 8 training workers with 1 CPUs each, 1 to read"),
-        ({"device": "cuda"}, r"the cluster has 0 GPUs, this run needs 1"),
+        (
+            {"num_workers": 8},
+            r"has [45] CPUs .* can add no nodes for 8 x training \(1 CPU\), 1 x reading \(1 CPU\); lower",
+        ),
+        ({"device": "cuda"}, r"the cluster has no GPUs; if it can add nodes with them, say for how many --num-workers"),
+        ({"device": "cuda", "num_workers": 2}, r"can add no nodes for 2 x training \(1 CPU, 1 GPU\), 1 x reading"),
         ({"model": ModelConfig(backbone="resnet81")}, r"unknown --model.backbone 'resnet81'"),
         ({"model": ModelConfig(backbone="vit_b_16")}, r"vit_b_16 does not take images of --data.image-size 64"),
         ({"model": ModelConfig(batch_norm="sync")}, r"--model.batch-norm sync needs GPUs"),
