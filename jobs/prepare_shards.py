@@ -25,6 +25,8 @@ class PrepareConfig:
     class, the first half of them for training. None: recognised by its files."""
     max_undecodable: float = 0.01
     """Share of the images that may fail to decode; they are listed in the manifest and left out."""
+    wait_for_nodes: float = 15.0
+    """Minutes to wait at the start for a cluster to have room: its autoscaler is asked for the nodes."""
 
 
 def main() -> None:
@@ -39,6 +41,7 @@ def main() -> None:
     records = read_records(config.root, layout=layout)
     print(f"{config.root}: {len(records):,} images in the layout {layout}", flush=True)
     cluster.connect(num_cpus=1)
+    cluster.wait_for({"reading": (1, {"CPU": 1})}, minutes=config.wait_for_nodes, fix="add nodes")
     manifest = prepare(records, root=config.root, layout=layout, out=config.out, max_undecodable=config.max_undecodable)
     for name, split in manifest.splits.items():
         print(

@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from nsl_dist.progress import duration
 
 OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
+ROOM_SECONDS = 2.0  # in which Ray finds room that is there
 POLL_SECONDS = 0.5
 SHOW_SECONDS = 10.0
 
@@ -145,9 +146,10 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
     flat = [bundle for count, bundle in bundles.values() for _ in range(count)]
     started = shown = time.monotonic()
     with _reserving(flat) as group:
-        if group.wait(POLL_SECONDS):
+        print(f"   cluster  {described()}; this takes {asked}", flush=True)
+        if group.wait(ROOM_SECONDS):
             return
-        print(f"   cluster  {described()}; asked of it: {asked}; waiting up to {minutes:g} min for nodes", flush=True)
+        print(f"   waiting  up to {minutes:g} min for nodes, which its autoscaler is asked for", flush=True)
         while not group.wait(POLL_SECONDS):
             state = _autoscaler().autoscaling_state
             # A cluster that is busy with other work is worth waiting for.
@@ -200,4 +202,5 @@ def _is_busy() -> bool:
 def described() -> str:
     """Return in words how large the cluster is."""
     cpus, gpus = totals()
-    return f"{cpus} CPUs and {gpus} GPUs on {len(live_nodes())} nodes"
+    nodes = len(live_nodes())
+    return f"{cpus} CPUs and {gpus} GPUs on {nodes} node{'' if nodes == 1 else 's'}"

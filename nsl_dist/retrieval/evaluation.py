@@ -279,8 +279,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         minutes=config.wait_for_nodes,
         fix="choose another --device, or add nodes",
     )
-    cpus, gpus = cluster.totals()
-    num_gpus = gpus if on_gpus else 0
+    num_gpus = cluster.totals()[1] if on_gpus else 0
     manifest = _open_test_data(config, settings, trained["digest"])
     ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
     settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))
@@ -296,7 +295,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "search": f"{images} query {searched}; {config.eval.index or 'exact'}, "
         f"{config.eval.num_shards or 'a shard for each ' + ('GPU' if num_gpus else 'node')}"
         f"{' shards' if config.eval.num_shards else ''}, {config.eval.memory_budget:g} GiB",
-        "cluster": f"{cpus} CPUs and {gpus} GPUs",
         "MLflow": f"run {config.run_id} of {tracker.uri}" if tracker else "left alone; --run-id adds to a run",
     }
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)

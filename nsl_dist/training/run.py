@@ -329,7 +329,6 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
     numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
     mib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**20
-    cpus, gpus = cluster.totals()
     first_phase = (
         f"{config.optim.new_layers_epochs} epochs of the new layers, then " if config.optim.new_layers_epochs else ""
     )
@@ -357,7 +356,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         + f"{config.data.batch_size // fewest} on each worker",
         "schedule": f"{first_phase}{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = "
         f"{schedule.num_steps:,} in all; SGD {config.optim.lr}, {config.optim.schedule}",
-        "workers": f"{config.num_workers} on {config.device}; the cluster has {cpus} CPUs and {gpus} GPUs",
+        "workers": f"{config.num_workers} on {config.device}",
         "checkpoint": f"every {config.checkpoint.every}{'' if config.checkpoint.minutes else ' iterations'}"
         + (f"; goes on from {checkpoint}" if checkpoint else ""),
         "written to": run_dir,
@@ -377,6 +376,9 @@ def _fit(
 
     """
     fewest, most = _worker_range(config)
+    if most > fewest:
+        # After the loss of a node Ray Train still counts it at first, and waits a minute for room for as many workers.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     # On the driver's own node: the loss of another one must not take it away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))

@@ -4,23 +4,30 @@ import getpass
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import ray
 
+from nsl_dist import cluster
 from nsl_dist.runs import newest_checkpoint
 from tests.conftest import write_sop
+from tests.e2e.local_cluster import (
+    BIN,
+    ROOT,
+    LocalCluster,
+    free_ports,
+    listens,
+    run,
+    started_local,
+    user_environment,
+    wait_until,
+)
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 SSHD = shutil.which("sshd") or shutil.which("/usr/sbin/sshd")
 SMALL = "--data.image-size=16 --model.dim=16 --tracking.every=2"
 
@@ -30,38 +37,19 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sop(tmp_path_factory.mktemp("raw"), {"train": [7] * 20, "test": [5] * 8})
 
 
-def user_environment(home: Path) -> dict[str, str]:
-    """That of a user without any Ray, whose home is `home`."""
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return outside | {"HOME": str(home)}
-
-
-def run(command: list[str], environment: dict[str, str], *, timeout: float = 240) -> tuple[int, str]:
-    """Run a command at the root of the repository; return its exit status and output."""
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-    )
-    return done.returncode, done.stdout
-
-
-def wait_until(holds: Callable[[], object], *, seconds: float, why: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.5)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+@pytest.mark.usefixtures("cluster")
+def test_a_busy_cluster_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    cpus, _ = cluster.totals()
+    busy = ray.remote(num_cpus=cpus)(time.sleep)
+    everything = {"training": (cpus, {"CPU": 1.0})}
+    reference = busy.remote(30)
+    with pytest.raises(ValueError, match=rf"without room for {cpus} x training \(1 CPU\), after 0.05 min .* add nodes"):
+        cluster.wait_for(everything, minutes=0.05, fix="add nodes")
+    ray.cancel(reference, force=True)
+    running = busy.remote(4)
+    cluster.wait_for(everything, minutes=1, fix="add nodes")
+    assert ray.get(running, timeout=0.1) is None  # not before it had ended
+    assert re.search(r"nodes are there after \d+ s: \d+ CPUs and 0 GPUs on 1 node\n", capsys.readouterr().out)
 
 
 @dataclass(frozen=True)
@@ -137,68 +125,16 @@ def test_ray_up_submit_down(ssh_machine: SSHMachine, raw: Path, tmp_path: Path) 
     wait_until(lambda: not listens(dashboard), seconds=30, why=lambda: output)
 
 
-@dataclass(frozen=True)
-class LocalCluster:
-    """What cluster/local.py has started."""
-
-    process: "subprocess.Popen[bytes]"
-    address: str
-    environment: dict[str, str]
-    log: Path
-
-    def submit(self, arguments: str) -> tuple[int, str]:
-        return run(["make", "submit", f"ADDRESS={self.address}", f"ARGS={arguments} {SMALL}"], self.environment)
-
-    def ray(self, *command: str) -> tuple[int, str]:
-        as_user = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.address}
-        return run([str(BIN / "ray"), *command], self.environment | as_user)
-
-    def node_counts(self) -> list[int]:
-        """What it has said of the nodes beside the head."""
-        return [int(count) for count in re.findall(r"nodes beside the head: (\d+)", self.log.read_text())]
-
-
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    ray.shutdown()  # that of other tests: both would share the cores
-    home = tmp_path_factory.mktemp("home")
-    environment = user_environment(home)
-    (port,) = free_ports(1)
-    log = home / "local.log"
-    command = [sys.executable, "cluster/local.py", f"--port={port}", "--nodes=3", "--idle-seconds=8"]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-    try:
-        wait_until(lambda: "A Ray cluster is up" in log.read_text(), seconds=120, why=log.read_text)
-        yield LocalCluster(process, f"http://127.0.0.1:{port}", environment, log)
-    finally:
-        process.send_signal(signal.SIGINT)  # Ctrl-C
-        process.wait(60)
-    assert process.returncode == 0, log.read_text()
-    assert not listens(port)
-
-
-def test_a_job_brings_the_nodes_that_it_needs(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
-    status, output = local.submit(
-        f"--data.root={raw} --storage={tmp_path} --run-name=grown --num-workers=3 --data.batch-size=60 --optim.epochs=4"
-    )
-    assert status == 0, output
-    assert "cluster  0 CPUs and 0 GPUs on 1 nodes; asked of it: 3 x training (1 CPU), 1 x reading (1 CPU)" in output
-    assert re.search(r"nodes are there after \d+ s: [46] CPUs and 0 GPUs on [34] nodes", output), output
-    assert "training on 3 workers" in output
-    assert re.search(
-        r"started in .*: job and Ray \d+ s, nodes \d+ s, data and model \d+ s, MLflow \d+ s, workers", output
-    )
-    assert "\r" not in output
-    assert (tmp_path / "runs" / "grown" / "results.json").exists()
-    wait_until(lambda: local.node_counts()[-1] == 0, seconds=60, why=local.log.read_text)
-    assert max(local.node_counts()) >= 2
+    with started_local(tmp_path_factory.mktemp("home")) as started:
+        yield started
 
 
 def test_a_job_that_no_node_has_room_for_is_refused(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
     status, output = local.submit(f"--data.root={raw} --storage={tmp_path} --num-workers=20 --data.batch-size=20")
     assert status != 0
-    message = r"error: the cluster has \d CPUs and 0 GPUs on \d nodes and can add no nodes for 20 x training \(1 CPU\)"
+    message = r"error: the cluster has \d CPUs and 0 GPUs on \d nodes? and can add no nodes for 20 x training \(1 CPU\)"
     assert re.search(message, output), output
     assert "Traceback" not in output
     assert not (tmp_path / "shards").exists()

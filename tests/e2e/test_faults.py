@@ -153,7 +153,7 @@ def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
         nodes.add()
         driver.wait_for_attempt(2)
         driver.wait_for_step(driver.attempts[1] + 20)
-        nodes.preempt_node()
+        nodes.preempt_node(seconds=15)
         driver.wait_for_attempt(3)
         driver.wait_for_step(driver.attempts[2] + 20)
         stopped_at = driver.step

@@ -1,27 +1,19 @@
 """The main job as its user runs it: raw images in, trained model, results and MLflow run out."""
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import mlflow
 import pytest
-import ray
 
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.embedder import load_embedder
 from nsl_dist.training.run import train
 from tests.conftest import job, write_sop
+from tests.e2e.local_cluster import started_local, wait_until
 
-REPOSITORY = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).parent / "ray")
 SMALL = [
     "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20", "--tracking.every=2",
 ]  # fmt: skip
@@ -32,67 +24,23 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sop(tmp_path_factory.mktemp("raw"), {"train": [7] * 20, "test": [5] * 8 + [1]})
 
 
-def run(*command: str, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500)
-
-
-def without_cluster() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-
-
-@contextlib.contextmanager
-def started_head(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head started by hand on loopback, with a dashboard that takes jobs; its address and environment."""
-    ray.shutdown()  # that of other tests: both would share the cores
-    with contextlib.ExitStack() as free:
-        sockets = [free.enter_context(socket.socket()) for _ in range(3)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        port, dashboard, agent = (each.getsockname()[1] for each in sockets)
-    token = directory / "token"
-    token.write_text("0123456789abcdef0123456789abcdef")
-    environment = without_cluster() | {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_worker_niceness": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
-    # The agent takes the jobs; its usual port is that of other Rays on this machine too.
-    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    addresses = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
-    command = [RAY, "start", "--head", "--block", "--num-cpus=5", *addresses, *ports]
-    with (directory / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and not (_listens(dashboard) and _listens(agent)):
-            assert time.monotonic() < deadline, (directory / "head.log").read_text()
-            time.sleep(0.5)
-        assert process.poll() is None, (directory / "head.log").read_text()
-        yield f"http://127.0.0.1:{dashboard}", environment
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture(scope="module")
 def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A job of two workers, submitted to a cluster; half of the classes sampled, evaluated after every epoch."""
+    """A job of two workers; half of the classes sampled, evaluated after every epoch.
+
+    Submitted to a cluster without a node, which gets them for it; waits until they have gone again.
+    """
     storage = tmp_path_factory.mktemp("storage")
     flags = [
         f"--data.root={root}", f"--storage={storage}", "--run-name=first", "--num-workers=2", *SMALL,
         "--proxies.sample-rate=0.5", "--eval.every=1", "--eval.untrained", "--eval.num-shards=2", "--checkpoint.keep=1",
     ]  # fmt: skip
-    with started_head(tmp_path_factory.mktemp("head")) as (address, environment):
-        submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
-        done = run(*submit, "jobs/train_sop.py", *flags, environment=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return storage, done.stdout
+    with started_local(tmp_path_factory.mktemp("home")) as local:
+        status, output = local.submit(" ".join(flags))
+        assert status == 0, output
+        wait_until(lambda: local.node_counts()[-1] == 0, seconds=60, why=local.log.read_text)
+        assert max(local.node_counts()) == 3
+    return storage, output
 
 
 def test_results(finished: tuple[Path, str]) -> None:
@@ -113,6 +61,10 @@ def test_results(finished: tuple[Path, str]) -> None:
 def test_output_says_what_it_does_and_found(finished: tuple[Path, str]) -> None:
     storage, output = finished
     for text in (
+        "cluster  0 CPUs and 0 GPUs on 1 node; "
+        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 2 x evaluation in mid-run (1 CPU)",
+        "waiting  up to 15 min for nodes",
+        "6 CPUs and 0 GPUs on 4 nodes",
         "140 images of 20 classes",
         "41 images of 9 unseen classes, 1 with one image, sure misses",
         "20 x 16, 50% sampled in each iteration; each worker keeps 10 in float32, 0.0 MiB with the state of sgd",
@@ -123,7 +75,12 @@ def test_output_says_what_it_does_and_found(finished: tuple[Path, str]) -> None:
         "step 7: float recall@1/10/100/1000",
     ):
         assert text in output
+    phases = (
+        r"started in .*: job and Ray \d+ s, nodes \d+ s, data and model \d+ s, MLflow \d+ s, .*first iteration \d+ s"
+    )
+    assert re.search(phases, output), output
     assert "Running Dataset" not in output  # Ray Data's own progress bars
+    assert "\r" not in output
     lines = output.splitlines()
     results = lines.index(f"results: {storage}/runs/first/results.json")
     assert lines[results + 1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
@@ -197,14 +154,14 @@ def test_bad_input_ends_before_training(changes: dict, message: str, root: Path,
 def test_real_characters(omniglot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short training on small images lifts recall@1 of unseen characters well above an untrained network's.
 
-    Which has 26% (float) and 6% (binary). After 6 epochs three seeds had 44 to 45% and 38 to 39%; after 4 it was
-    anything from 31 to 43%, which differed from machine to machine.
+    Which has 26% (float) and 6% (binary). With this learning rate three seeds had 41 to 44% and 37 to 38%; with twice
+    as much, after so few epochs, anything from 31 to 43%, which differed from machine to machine.
     """
     job(
         monkeypatch, "train_sop", f"--data.root={omniglot}", f"--storage={tmp_path}", "--run-name=characters",
-        "--optim.epochs=6", "--data.image-size=32",
+        "--optim.epochs=4", "--optim.lr=0.0075", "--data.image-size=32",
     )  # fmt: skip
     results = json.loads((tmp_path / "runs" / "characters" / "results.json").read_text())
     assert results["num_queries"] == 2120
-    assert results["recall"]["float"]["1"] > 0.36
-    assert results["recall"]["binary"]["1"] > 0.3
+    assert results["recall"]["float"]["1"] > 0.34
+    assert results["recall"]["binary"]["1"] > 0.28

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import kubernetes
 import pytest
 import yaml
 from moto import mock_aws
+from ray._private import ray_constants
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 
@@ -208,6 +212,22 @@ def test_images_are_pinned_and_of_one_version() -> None:
 def test_linters(linter: str, files: list[str]) -> None:
     done = subprocess.run([BIN / linter, *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_travels_with_a_job_is_small_and_code_alone(tmp_path: Path) -> None:
+    heavy = [ROOT / name for name in ("left.parquet", "left.safetensors")]
+    for path in heavy:
+        path.write_bytes(os.urandom(6 * 2**20))
+    try:
+        excludes = ray_constants.get_runtime_env_default_excludes()
+        create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True, excludes=excludes)
+    finally:
+        for path in heavy:
+            path.unlink()
+    assert (tmp_path / "package.zip").stat().st_size < 2**20  # the bar is 5 MiB
+    tops = {name.partition("/")[0] for name in zipfile.ZipFile(tmp_path / "package.zip").namelist()}
+    assert {"nsl_dist", "jobs"} <= tops
+    assert not tops & {".git", ".venv", "tests", "cluster", ".ci", *(path.name for path in heavy)}
 
 
 def test_no_credentials_in_any_file() -> None:
