@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
 
-# On the cluster at ADDRESS, by whoever has its token: make submit ADDRESS=http://127.0.0.1:8265 ARGS="--num-workers 3"
+# On the cluster at ADDRESS, by whoever has its token: make submit ADDRESS=http://127.0.0.1:8265 ARGS="--num-workers 4"
 submit: setup
 	RAY_AUTH_MODE=token $(BIN)/ray job submit --address $(ADDRESS) --working-dir . -- python $(JOB) $(ARGS)
 

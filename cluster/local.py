@@ -87,7 +87,7 @@ def _run(config: LocalConfig, directory: Path) -> None:
         print(
             f"A Ray cluster is up at {address}: a head, and up to {config.nodes} nodes of {config.cpus} CPUs, which "
             f"come with the work and go {config.idle_seconds} s after it. In another terminal:\n\n"
-            f'  make submit ADDRESS={address} ARGS="--num-workers 3"\n\nCtrl-C ends it.',
+            f'  make submit ADDRESS={address} ARGS="--num-workers 4"\n\nCtrl-C ends it.',
             flush=True,
         )
         _show_nodes(head, address)

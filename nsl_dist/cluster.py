@@ -82,12 +82,15 @@ def _outcome(reference: Any) -> Any:
 
 
 def submitted_at() -> float | None:
-    """Return when this job was submitted, seconds since the epoch; None: it was not, but started by hand."""
+    """Return when this job was submitted, seconds since the epoch; None: by hand, or nobody here knows."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     if "job_submission_id" not in job.get("metadata", {}):
         return None
-    started: int = JobSubmissionClient().get_job_info(job["metadata"]["job_submission_id"]).start_time  # milliseconds
-    return started / 1000
+    try:
+        info = JobSubmissionClient().get_job_info(job["metadata"]["job_submission_id"])
+    except ConnectionError:  # the driver is not on the head, on whose loopback the dashboard is
+        return None
+    return float(info.start_time) / 1000  # from milliseconds
 
 
 def live_nodes() -> list[dict[str, Any]]:
@@ -115,12 +118,13 @@ def _can_add(bundle: dict[str, float]) -> bool:
     if "RAY_ADDRESS" not in os.environ or not _autoscaler().autoscaling_state.autoscaler_state_version:
         return False  # there is none
     with _reserving([bundle]) as group:
-        asked_at = None
+        asked_at, deadline = _autoscaler().cluster_resource_state.cluster_resource_state_version, time.monotonic() + 60
         while not group.wait(POLL_SECONDS):
-            reply = _autoscaler()
-            asked_at = asked_at or reply.cluster_resource_state.cluster_resource_state_version
-            if reply.autoscaling_state.last_seen_cluster_resource_state_version > asked_at:
-                return not _is_refused(group, reply.autoscaling_state)
+            state = _autoscaler().autoscaling_state
+            if state.last_seen_cluster_resource_state_version > asked_at:
+                return not _is_refused(group, state)
+            if time.monotonic() > deadline:
+                raise ValueError("the cluster's autoscaler does not say whether it can add GPUs: give --device")
     return True
 
 
@@ -145,15 +149,18 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
     )
     flat = [bundle for count, bundle in bundles.values() for _ in range(count)]
     started = shown = time.monotonic()
+    free_since: int | None = None  # in Ray's numbers of states of the cluster, of which the autoscaler says what it saw
     with _reserving(flat) as group:
         print(f"   cluster  {described()}; this takes {asked}", flush=True)
         if group.wait(ROOM_SECONDS):
             return
         print(f"   waiting  up to {minutes:g} min for nodes, which its autoscaler is asked for", flush=True)
         while not group.wait(POLL_SECONDS):
-            state = _autoscaler().autoscaling_state
-            # A cluster that is busy with other work is worth waiting for.
-            if _is_refused(group, state) and not _is_busy():
+            reply = _autoscaler()
+            state = reply.autoscaling_state
+            if free_since is None or _is_busy():  # a cluster that is busy with other work is worth waiting for
+                free_since = reply.cluster_resource_state.cluster_resource_state_version
+            if _is_refused(group, state) and state.last_seen_cluster_resource_state_version > free_since:
                 raise ValueError(f"the cluster has {described()} and can add no nodes for {asked}; {fix}")
             now = time.monotonic()
             if now - started > 60 * minutes:
@@ -164,10 +171,12 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
             if now - shown > SHOW_SECONDS:
                 shown = now
                 coming = Counter(each.ray_node_type_name for each in state.pending_instances)
+                failed = state.failed_instance_requests
                 coming += Counter({each.ray_node_type_name: each.count for each in state.pending_instance_requests})
                 print(
                     f"waiting for nodes: {described()}; coming: "
                     + (", ".join(f"{count} {kind}" for kind, count in coming.items()) or "none")
+                    + "".join(f"; failed: {each.ray_node_type_name}, {each.reason}" for each in failed)
                     + f"; {duration(now - started)} of {duration(60 * minutes)}",
                     flush=True,
                 )

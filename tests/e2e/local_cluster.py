@@ -75,12 +75,12 @@ class LocalCluster:
 
 @contextmanager
 def started_local(directory: Path) -> Iterator[LocalCluster]:
-    """Start a cluster of up to 3 nodes with 2 CPUs; end it with Ctrl-C. `directory` is its user's home."""
+    """Start a cluster of up to 2 nodes with 3 CPUs; end it with Ctrl-C. `directory` is its user's home."""
     ray.shutdown()  # that of other tests: both would share the cores
     environment = user_environment(directory)
     (port,) = free_ports(1)
     log = directory / "local.log"
-    command = [sys.executable, "cluster/local.py", f"--port={port}", "--nodes=3", "--idle-seconds=8"]
+    command = [sys.executable, "cluster/local.py", f"--port={port}", "--nodes=2", "--cpus=3", "--idle-seconds=8"]
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:

@@ -40,7 +40,11 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("cluster")
 def test_a_busy_cluster_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     cpus, _ = cluster.totals()
-    busy = ray.remote(num_cpus=cpus)(time.sleep)
+
+    @ray.remote(num_cpus=cpus)
+    def busy(seconds: float) -> None:
+        time.sleep(seconds)
+
     everything = {"training": (cpus, {"CPU": 1.0})}
     reference = busy.remote(30)
     with pytest.raises(ValueError, match=rf"without room for {cpus} x training \(1 CPU\), after 0.05 min .* add nodes"):
