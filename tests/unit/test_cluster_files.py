@@ -206,6 +206,15 @@ def test_images_are_pinned_and_of_one_version() -> None:
     assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", bases[0])
 
 
+def test_login_shells_in_the_image_find_ray_and_the_token() -> None:
+    """In these `ray up` and KubeRay start Ray: their PATH is Debian's. `ray up` puts the token into the image's HOME."""
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert "uv pip install --system" in text
+    assert "COPY --from=packages /usr/local /usr/local" in text
+    assert re.search(r"^ENV HOME=/home/ray\b", text, re.MULTILINE)
+    assert "PATH=/opt" not in text
+
+
 @pytest.mark.parametrize(
     ("linter", "files"), [("shellcheck", ["cluster/slurm.sh", ".ci/run"]), ("hadolint", ["cluster/Dockerfile"])]
 )
