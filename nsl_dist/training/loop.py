@@ -232,7 +232,9 @@ class _Agreement:
             now = time.monotonic()
             due = self._minutes is not None and now - self._written_at >= 60 * self._minutes
             rate = (step - self._asked_step) / (now - self._asked_at)
-            next_step = step + max(1, round(rate * AGREE_EVERY_SECONDS))
+            # The first iterations after a start find batches waiting and say little about those to come.
+            most = 2 * (step - self._asked_step)
+            next_step = step + max(1, min(most, round(rate * AGREE_EVERY_SECONDS)))
             leave = not self._orders.empty()
             # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for. It
             # passes on the notice of a node about to go, too, but seconds later than asking does.

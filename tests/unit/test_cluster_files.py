@@ -207,7 +207,7 @@ def test_images_are_pinned_and_of_one_version() -> None:
 
 
 def test_login_shells_in_the_image_find_ray_and_the_token() -> None:
-    """In these `ray up` and KubeRay start Ray: their PATH is Debian's. `ray up` puts the token into the image's HOME."""
+    """In these `ray up` and KubeRay start Ray: with Debian's PATH. `ray up` puts the token into the image's HOME."""
     text = (ROOT / "cluster" / "Dockerfile").read_text()
     assert "uv pip install --system" in text
     assert "COPY --from=packages /usr/local /usr/local" in text
