@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from ray._private import ray_constants
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
+
+from nsl_dist.commandline import parse_train_config
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -193,6 +196,17 @@ def test_kuberay_cluster_grows_and_keeps_its_head_free() -> None:
     assert "nvidia.com/gpu" in limits["gpu"]
     assert "nvidia.com/gpu" not in limits["data"]
     assert job["clusterSelector"] == {"ray.io/cluster": "nsl-dist"}
+
+
+def test_the_trainings_that_are_shown_have_flags_that_fit() -> None:
+    (job,) = (document["spec"] for document in documents() if document["kind"] == "RayJob")
+    commands = [job["entrypoint"].partition(".py ")[2]]
+    for name in ("README.md", "cluster/README.md", "Makefile"):
+        found = re.findall(r'^ *make submit .*?ARGS="(.*?)"', (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+        commands += [each.replace("\\\n", "") for each in found if "..." not in each]
+    assert len(commands) == 4
+    for command in commands:
+        assert parse_train_config(shlex.split(command), description="").num_workers is not None
 
 
 def test_images_are_pinned_and_of_one_version() -> None:
