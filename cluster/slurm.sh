@@ -5,13 +5,14 @@
 #       --data.root /shared/sop_shards --storage /shared/nsl_dist
 #
 # From the root of the repository, on a file system that all machines share, after `make setup` there. Two minutes before
-# its time is over, or when it is preempted, the job writes a checkpoint, and is queued again to go on; with --run-name.
+# its time is over the job writes a checkpoint and is queued again, to go on: give it --run-name. So too before it is
+# preempted, where Slurm is set to say so (PreemptParameters=send_user_signal); else it goes on from its last checkpoint.
 #SBATCH --job-name=nsl_dist
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -47,14 +48,15 @@ WORKERS=()
 if ((GPUS > 0)); then WORKERS=(--num-workers $((SLURM_NNODES * GPUS))); fi
 python jobs/train_sop.py "${WORKERS[@]}" "$@" &
 TRAINING=$!
-trap 'kill -TERM $TRAINING' TERM
+SIGNALLED=
+trap 'SIGNALLED=1; kill -TERM $TRAINING' USR1
 status=0
 wait $TRAINING || status=$?
-if ((status == 143)); then # the signal ended the first wait, the training writes its checkpoint
+if [[ $SIGNALLED ]]; then # which ended that wait; the training writes its checkpoint
   status=0
   wait $TRAINING || status=$?
 fi
-if ((status == 143)); then
+if [[ $SIGNALLED ]] && ((status == 143)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

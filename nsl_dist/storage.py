@@ -1,6 +1,7 @@
 """Where files live: local paths and URIs, resolved the same way everywhere."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from pyarrow import fs
 
 PATIENCE = 15 * 60  # seconds that storage may fail before the work does
 Result = TypeVar("Result")
+_PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@\s]*@")  # a secret key may have slashes; hdfs://host:8020/ is none
 
 
 def absolute(location: str) -> str:
@@ -25,10 +27,11 @@ def resolve(location: str) -> tuple[Any, str]:
     Credentials of object stores come from the environment, as each store's own client reads them.
 
     Raises:
-        ValueError: the URI's scheme is unknown, or its fsspec client is not installed.
+        ValueError: the URI's scheme is unknown, or its fsspec client is not installed, or it holds a password.
 
     """
     location = absolute(location)
+    refuse_password(location, instead="the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if "://" not in location:
         return fs.LocalFileSystem(), location
     try:
@@ -41,6 +44,22 @@ def resolve(location: str) -> tuple[Any, str]:
         except (ValueError, ImportError) as error:
             raise ValueError(f"cannot open {location}: {error}; pyarrow says: {pyarrow_error}") from error
         return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def refuse_password(uri: str, *, instead: str) -> None:
+    """Refuse a password or secret key in a URI, which logs, results and the dashboard would show.
+
+    Raises:
+        ValueError: there is one; the message does not hold it.
+
+    """
+    if _PASSWORD.search(uri):
+        raise ValueError(f"{without_password(uri)} holds a password, which logs would show; give it in {instead}")
+
+
+def without_password(text: str) -> str:
+    """Return a text with `***` for what stands before the host of a URI that holds a password."""
+    return _PASSWORD.sub("://***@", text)
 
 
 def join(location: str, *parts: str) -> str:

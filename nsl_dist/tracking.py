@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 from collections import deque
 from typing import Any
@@ -17,7 +16,6 @@ from nsl_dist.runs import unsent_file
 
 MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
 SECONDS_BETWEEN_TRIES = 10.0
-_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 class Tracker:
@@ -41,9 +39,11 @@ class Tracker:
             may_be_away: for a run that goes on, which need not wait for it.
 
         Raises:
-            ValueError: the tracking URI cannot be used.
+            ValueError: the tracking URI cannot be used, or one that is not from the environment holds a password.
 
         """
+        if uri is not None:
+            storage.refuse_password(uri, instead="the environment, as that of MLFLOW_TRACKING_URI")
         self.run_id = ""
         self._storage_root = storage_root
         self._unsent: deque[dict[str, Any]] = deque()
@@ -58,13 +58,14 @@ class Tracker:
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
         uri = uri or f"sqlite:///{local_root}/mlflow.db"
-        self.uri = _CREDENTIALS.sub("://***@", uri)
+        self.uri = storage.without_password(uri)
         try:
             self._client = MlflowClient(tracking_uri=uri)
             if not may_be_away:
                 self._client.search_experiments(max_results=1)
         except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise ValueError(f"the tracking URI {self.uri} cannot be used: {error}") from error
+            cause = storage.without_password(str(error))
+            raise ValueError(f"the tracking URI {self.uri} cannot be used: {cause}") from None
 
     def add_to(self, run_id: str) -> None:
         """Log into a run that is there, whatever its status, and send first what was kept for it.
@@ -104,9 +105,7 @@ class Tracker:
         else:
             experiment_id = found.experiment_id
         self.run_id = self._client.create_run(experiment_id, run_name=config.run_name).info.run_id
-        # URIs may hold credentials.
-        params = {name: _CREDENTIALS.sub("://***@", str(value)) for name, value in flatten(config).items()}
-        params["data.digest"] = digest
+        params = {name: str(value) for name, value in flatten(config).items()} | {"data.digest": digest}
         self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
 
     def log(self, metrics: dict[str, float], *, step: int, once: bool = False) -> None:
@@ -161,7 +160,8 @@ class Tracker:
                 self._away = True
                 self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES
                 if not was_away:
-                    print(f"MLflow {self.uri} does not answer; its records are sent later: {error}", flush=True)
+                    cause = storage.without_password(str(error))
+                    print(f"MLflow {self.uri} does not answer; its records are sent later: {cause}", flush=True)
         if was_away and not self._away:
             print(f"MLflow {self.uri} answers again and has all records", flush=True)
         self._keep_unsent()

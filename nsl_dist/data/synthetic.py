@@ -11,13 +11,14 @@ import math
 import string
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import ray
+import ray.data
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
-from nsl_dist import storage
+from nsl_dist import cluster, storage
 from nsl_dist.data.layouts import SOP_HEADER, SOP_SPLITS
 
 EDGE = 96  # pixels of a photograph
@@ -72,21 +73,22 @@ def write_products(cache: str, spec: Spec | None = None) -> str:
     first_class = 1
     for split, num_classes in (("train", spec.train_classes), ("test", spec.test_classes)):
         class_ids = range(first_class, first_class + num_classes)
-        rendered = ray.get([_render_class.remote(spec, class_id, root) for class_id in class_ids])
+        rendered = ray.data.from_items([*class_ids], override_num_blocks=num_classes).map(
+            lambda row: _render_class(spec, row["item"], root), ray_remote_args_fn=cluster.prefer_cpu_nodes
+        )
         lines = [SOP_HEADER]
-        for class_id, (family, paths) in zip(class_ids, rendered, strict=True):
-            for path in paths:
+        for row in sorted(rendered.iter_rows(), key=lambda row: row["class_id"]):
+            for path in row["paths"]:
                 num_images += 1
-                lines.append(f"{num_images} {class_id} {family} {path}")
+                lines.append(f"{num_images} {row['class_id']} {row['family']} {path}")
         storage.write_bytes(storage.join(root, SOP_SPLITS[split]), ("\n".join(lines) + "\n").encode())
         first_class += num_classes
     print(f"Rendered {num_images:,} photographs in {time.monotonic() - started:.0f} s", flush=True)
     return root
 
 
-@ray.remote
-def _render_class(spec: Spec, class_id: int, root: str) -> tuple[int, list[str]]:
-    """Write the photographs of one product; return the number of its family and their paths."""
+def _render_class(spec: Spec, class_id: int, root: str) -> dict[str, Any]:
+    """Write the photographs of one product; return its class, the number of its family, and their paths."""
     rng = np.random.default_rng((spec.seed, class_id))
     product = draw_product(rng)
     gray_share = 0.5 if rng.random() < 0.05 else 0.0
@@ -95,7 +97,7 @@ def _render_class(spec: Spec, class_id: int, root: str) -> tuple[int, list[str]]
         paths.append(f"{product.family}_final/{class_id:06d}_{view:03d}.JPG")
         photo = photograph(product, rng, gray=bool(rng.random() < gray_share))
         storage.write_bytes(storage.join(root, paths[-1]), photo)
-    return FAMILIES.index(product.family) + 1, paths
+    return {"class_id": class_id, "family": FAMILIES.index(product.family) + 1, "paths": paths}
 
 
 def draw_product(rng: np.random.Generator) -> Product:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -233,6 +234,7 @@ class _Embedder:
         from nsl_dist.embedder import load_weights
         from nsl_dist.model import build_model
 
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             use_cpu_threads(num_actors)

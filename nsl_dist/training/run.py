@@ -96,8 +96,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _, most_workers = config.worker_range or (1, 1)
     check_index(config.eval, config.model.dim)
     cluster.connect(num_cpus=_cpus_needed(config, most_workers))
+    tracked = opening.result()  # a wrong URI comes out before nodes are asked for
     phases = Phases(began=cluster.submitted_at() or called_at)
-    phases.end("job and Ray")
+    phases.end("job, Ray and MLflow")
     config = _settle(config)
     phases.end("nodes")
     check = ray.remote(_check_model).remote(config) if newest_checkpoint(run_dir) is None else None
@@ -117,10 +118,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     schedule = Schedule(config.optim, plan.steps_per_epoch)
-    tracked = opening.result()
     _start_tracking(tracked, config, manifest, run_dir)
     _announce(config, manifest, schedule, run_dir, tracked)
-    phases.end("MLflow")
     seconds["setup"] = time.monotonic() - started
 
     num_gpus = _worker_range(config)[0] if config.device == "cuda" else 0

@@ -1,10 +1,12 @@
 """Clusters as their users launch them, and the jobs that they submit."""
 
 import getpass
+import http.server
 import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +56,66 @@ def test_a_busy_cluster_is_waited_for(capsys: pytest.CaptureFixture[str]) -> Non
     cluster.wait_for(everything, minutes=1, fix="add nodes")
     assert ray.get(running, timeout=0.1) is None  # not before it had ended
     assert re.search(r"nodes are there after \d+ s: \d+ CPUs and 0 GPUs on 1 node\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("cloud", "seconds_left"), [("aws", 110), ("gcp", 25)])
+def test_notice_of_the_spot_market_drains_the_node(cloud: str, seconds_left: int) -> None:
+    noticed, asked = threading.Event(), threading.Event()
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        """What both clouds tell their machines."""
+
+        def do_PUT(self) -> None:
+            assert self.path == "/latest/api/token"
+            assert self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+            self._answer(200, b"let me in")
+
+        def do_GET(self) -> None:
+            asked.set()
+            if self.path == "/latest/meta-data/spot/instance-action":
+                assert self.headers["X-aws-ec2-metadata-token"] == "let me in"
+                self._answer(200 if noticed.is_set() else 404, b'{"action": "terminate"}' if noticed.is_set() else b"")
+            else:
+                assert self.path == "/computeMetadata/v1/instance/preempted"
+                assert self.headers["Metadata-Flavor"] == "Google"
+                self._answer(200, b"TRUE" if noticed.is_set() else b"FALSE")
+
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    @ray.remote
+    def work() -> None:
+        time.sleep(120)  # an idle node would leave at once
+
+    draining = ray._private.state.state.get_draining_nodes
+    ray.shutdown()  # that of other tests, which go on
+    ray.init(address="local", num_cpus=1)
+    working = work.remote()
+    server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+        "METADATA": f"http://127.0.0.1:{server.server_port}",
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    watch = subprocess.Popen([ROOT / "cluster" / "spot_notice.sh", cloud], env=environment)
+    try:
+        assert asked.wait(20)
+        time.sleep(3)  # it has asked once more
+        assert watch.poll() is None
+        assert not draining()
+        noticed.set()
+        assert watch.wait(60) == 0
+        left = draining()[ray.get_runtime_context().get_node_id()] / 1000 - time.time()
+        assert seconds_left - 30 < left <= seconds_left
+    finally:
+        watch.kill()
+        server.shutdown()
+        ray.cancel(working, force=True)
+        ray.shutdown()
 
 
 @dataclass(frozen=True)
