@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nsl_dist  # noqa: F401  # before Ray is imported, which then stays on loopback
+
 JOBS = Path(__file__).parents[1] / "jobs"
 OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot_sop.zip"
 

@@ -8,14 +8,23 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_tasks
 
 from nsl_dist import cluster
+from nsl_dist.config import DataConfig
+from nsl_dist.data.sampler import ClassBalancedPlan
+from nsl_dist.data.shards import open_data
+from nsl_dist.data.stream import planned_batches
 from nsl_dist.runs import newest_checkpoint
 from tests.conftest import write_sop
 from tests.e2e.local_cluster import (
@@ -116,6 +125,47 @@ def test_notice_of_the_spot_market_drains_the_node(cloud: str, seconds_left: int
         server.shutdown()
         ray.cancel(working, force=True)
         ray.shutdown()
+
+
+def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tmp_path: Path) -> None:
+    ray.shutdown()  # that of other tests
+    dashboard, agent = free_ports(2)
+    nodes = Cluster()
+    nodes.add_node(num_cpus=0, include_dashboard=True, dashboard_port=dashboard, dashboard_agent_listen_port=agent)
+    kinds = {
+        nodes.add_node(num_cpus=4, num_gpus=2).node_id: "gpu",
+        (data_node := nodes.add_node(num_cpus=10).node_id): "data",
+    }
+    ray.init(address=nodes.address)
+    try:
+        manifest = open_data(str(raw), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
+        split, config = manifest.split("train"), DataConfig(batch_size=20, image_size=16)
+        plan = ClassBalancedPlan(split.sizes, config.batch_size, config.images_per_class, 0)
+
+        def decode_somewhere() -> Counter[str]:
+            (batches,) = planned_batches(plan, split, config, first_step=0, last_step=30, world_size=1)
+            assert sum(len(batch["image"]) for batch in batches.iter_batches(batch_size=20)) == 600
+            decoding: list[Any] = [("name", "=", "MapBatches(make_part)"), ("state", "=", "FINISHED")]
+
+            def tasks() -> list[Any]:
+                return list_tasks(address=f"http://127.0.0.1:{dashboard}", filters=decoding, detail=True)
+
+            wait_until(lambda: len(tasks()) % 30 == 0, seconds=20, why=lambda: str(tasks()))
+            return Counter(kinds[task.node_id] for task in tasks())
+
+        assert decode_somewhere() == {"data": 30}
+
+        @ray.remote(num_cpus=10, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
+        def other_work() -> None:
+            time.sleep(120)
+
+        working = other_work.remote()
+        wait_until(lambda: ray.available_resources()["CPU"] == 4, seconds=30, why=lambda: "the other work")
+        assert decode_somewhere() == {"data": 30, "gpu": 30}
+        ray.cancel(working, force=True)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
 
 
 @dataclass(frozen=True)
