@@ -15,7 +15,8 @@ train: setup
 
 # On the cluster at ADDRESS, by whoever has its token: make submit ADDRESS=http://127.0.0.1:8265 ARGS="--num-workers 4"
 submit: setup
-	RAY_AUTH_MODE=token $(BIN)/ray job submit --address $(ADDRESS) --working-dir . -- python $(JOB) $(ARGS)
+	RAY_AUTH_MODE=token $(BIN)/ray job submit --address $(ADDRESS) --working-dir . \
+		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD 2> /dev/null)"}' -- python $(JOB) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

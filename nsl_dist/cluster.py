@@ -81,13 +81,18 @@ def _outcome(reference: Any) -> Any:
         return error
 
 
+def job_metadata() -> dict[str, str]:
+    """Return what `ray job submit` says of this job, with its --metadata-json; nothing where it was not submitted."""
+    return dict(json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}))
+
+
 def submitted_at() -> float | None:
     """Return when this job was submitted, seconds since the epoch; None: by hand, or nobody here knows."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    if "job_submission_id" not in job.get("metadata", {}):
+    job_id = job_metadata().get("job_submission_id")
+    if job_id is None:
         return None
     try:
-        info = JobSubmissionClient().get_job_info(job["metadata"]["job_submission_id"])
+        info = JobSubmissionClient().get_job_info(job_id)
     except ConnectionError:  # the driver is not on the head, on whose loopback the dashboard is
         return None
     return float(info.start_time) / 1000  # from milliseconds

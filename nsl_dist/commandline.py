@@ -8,6 +8,7 @@ from collections.abc import Callable
 import tyro
 
 from nsl_dist.config import Layout, TrainConfig
+from nsl_dist.progress import Output, output
 from nsl_dist.recipes import RECIPES
 from nsl_dist.runs import StoppedError, TrainingError
 
@@ -46,10 +47,16 @@ def spell_out(arguments: list[str]) -> list[str]:
 def run_job(main: Callable[[], None]) -> None:
     """Run a job; what a user can mend ends it with one line instead of a stack trace.
 
+    Of its command line, `--quiet` leaves out all but results and errors, and `--json` prints the results as JSON, all
+    else to stderr.
+
     Exit status 2: bad input; 1: training that cannot go on; 128 + signal: stopped, and can go on.
     """
+    choice: Output = "json" if "--json" in sys.argv else "quiet" if "--quiet" in sys.argv else "full"
+    sys.argv = [argument for argument in sys.argv if argument not in ("--json", "--quiet")]
     try:
-        main()
+        with output(choice):
+            main()
     except StoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal)

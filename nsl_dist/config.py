@@ -244,8 +244,13 @@ class TrackingConfig:
     ~/nsl_dist/mlflow.db where storage is remote."""
     experiment: str | None = None
     """MLflow experiment. None: the layout of the data set."""
+    parent: str | None = None
+    """MLflow run that this one is a child of, such as that of a sweep."""
     every: int = 10
     """Iterations between logged metrics and lines of progress."""
+    register: str | None = None
+    """Name in MLflow's model registry under which the trained model becomes a new version. None: it is not registered;
+    jobs/export.py can later."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"--tracking.every {self.every} must be >= 1")
@@ -273,7 +278,7 @@ class EvaluateConfig:
     checkpoint: str
     """Folder or URI of a checkpoint, or of a run: then its newest checkpoint."""
     run_id: str | None = None
-    """MLflow run that the metrics are added to, at the checkpoint's step. None: MLflow is left alone."""
+    """MLflow run of the training, of which the evaluation becomes a child. None: MLflow is left alone."""
     storage: str = "~/nsl_dist"
     """Folder or URI where shards, embeddings and results go; on a cluster, one that all nodes can reach."""
     tracking_uri: str | None = None
@@ -385,7 +390,7 @@ def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
     return config
 
 
-def flatten(config: TrainConfig) -> dict[str, Any]:
+def flatten(config: "TrainConfig | EvaluateConfig") -> dict[str, Any]:
     """Return all fields by dotted name: `optim.lr`."""
     flat: dict[str, Any] = {}
     for name, value in asdict(config).items():

@@ -99,7 +99,15 @@ class ProxyMatrix:
         if self._background is not None:
             self._prefetched = self._background.submit(self._sample, labels_B, step=step)
 
-    def loss(self, embeddings_bD: Tensor, labels_B: NDArray[np.int64], *, step: int, lr: float) -> Tensor:
+    def loss(
+        self,
+        embeddings_bD: Tensor,
+        labels_B: NDArray[np.int64],
+        *,
+        step: int,
+        lr: float,
+        accuracy: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of the global batch over the classes sampled for this step.
 
         `backward()` on it updates their proxies with learning rate `lr`.
@@ -110,6 +118,7 @@ class ProxyMatrix:
                 that no collective is spent on them.
             step: of the run; seeds the sampling, with this worker's rank.
             lr: learning rate of the proxies.
+            accuracy: see `normalized_softmax_loss`.
 
         Raises:
             ValueError: a label is outside [0, num_classes), or the labels are not those of the global batch.
@@ -131,7 +140,12 @@ class ProxyMatrix:
         if not embeddings_bD.requires_grad:  # the proxies are still to be trained
             embeddings_bD = embeddings_bD.detach().requires_grad_(torch.is_grad_enabled())
         loss, finite_2B = normalized_softmax_loss(
-            embeddings_bD, proxies, lr=lr, temperature=self.config.temperature, group=self.group
+            embeddings_bD,
+            proxies,
+            lr=lr,
+            temperature=self.config.temperature,
+            group=self.group,
+            accuracy=accuracy,
         )
         if self.weight.device.type == "cuda":  # which is left to work on, and asked when it has long been done
             self._unchecked = (step, finite_2B.to("cpu", non_blocking=True), torch.cuda.Event())

@@ -4,6 +4,7 @@ Letters of tensor names: b images of this worker, B images of the global batch, 
 worker's, D dimensions.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +74,9 @@ class SampledProxies:
 class _PartitionedNormalizedSoftmax(torch.autograd.Function):
     """Cross-entropy whose classes are spread over the workers, and the update of their proxies.
 
-    Collectives: forward, one all-gather of embeddings (b x D floats a worker) and one all-reduce of 2 x B floats;
-    backward, one reduce-scatter of B x D floats. Partitions may differ in size, an empty one included; b may not.
+    Collectives: forward, one all-gather of embeddings (b x D floats a worker) and one all-reduce of 2 x B floats, and
+    where accuracy is measured another of B floats; backward, one reduce-scatter of B x D floats. Partitions may differ
+    in size, an empty one included; b may not.
 
     Proxies have no gradient tensor: each chunk's gradient goes to the optimiser as soon as it is there, so that beside
     the tables no memory is needed but for a chunk, or for all sampled classes where they are kept.
@@ -88,16 +90,20 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         lr: float,
         temperature: float,
         group: dist.ProcessGroup | None,
+        accuracy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         embeddings_BD = _all_gather(embeddings_bD, group)
         ctx.queries_BD = embeddings_BD / temperature
         ctx.shift = max(0.0, 1 / temperature - HIGHEST_EXPONENT)
         sums_2B = embeddings_BD.new_zeros(2, len(embeddings_BD))
+        best_B = embeddings_BD.new_full((len(embeddings_BD),), -math.inf)
         ctx.kept = []
         for index, chunk in enumerate(proxies.chunks):
             read = proxies.read(index)
             logits_BS, lengths_S = _logits(ctx.queries_BD, read[0])
             sums_2B[0] += _normaliser_terms(logits_BS, chunk, ctx.shift).sum(dim=1)
+            if accuracy is not None:
+                torch.maximum(best_B, logits_BS.amax(dim=1), out=best_B)
             sums_2B[1, chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
             if proxies.keep:
                 ctx.kept.append((read, logits_BS, lengths_S))
@@ -105,7 +111,11 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
                 proxies.release(index, read)
         if group is not None:
             dist.all_reduce(sums_2B, group=group)
+            if accuracy is not None:
+                dist.all_reduce(best_B, dist.ReduceOp.MAX, group=group)
         normaliser_B, target_B = sums_2B
+        if accuracy is not None:
+            accuracy.copy_((target_B >= best_B).float().mean())
         ctx.normaliser_B, ctx.proxies = normaliser_B, proxies
         ctx.lr, ctx.temperature, ctx.group = lr, temperature, group
         finite_2B = torch.stack([embeddings_BD.sum(dim=1), normaliser_B]).isfinite()
@@ -114,7 +124,7 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         proxies, queries_BD = ctx.proxies, ctx.queries_BD
         if proxies.optimizer.num_finished != proxies.num_finished:
             raise RuntimeError(
@@ -148,7 +158,7 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         if ctx.group is not None:
             # DDP averages the backbone's gradients over ranks; this loss is already a mean over the global batch.
             grad_embeddings_bD *= dist.get_world_size(ctx.group)
-        return grad_embeddings_bD, None, None, None, None
+        return grad_embeddings_bD, None, None, None, None, None
 
 
 def _logits(queries_BD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +196,7 @@ def normalized_softmax_loss(
     lr: float,
     temperature: float = 0.05,
     group: dist.ProcessGroup | None = None,
+    accuracy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the Normalized Softmax Loss (paper, section 3.1) of the global batch over all workers' sampled classes.
 
@@ -199,6 +210,8 @@ def normalized_softmax_loss(
         lr: learning rate of the proxies.
         temperature: sigma of the paper; at least `LOWEST_TEMPERATURE`.
         group: the workers that share the classes; None computes alone.
+        accuracy: a scalar that is overwritten with the share of the images of the global batch whose own class is the
+            nearest of all that were sampled; None: it is not measured, which spares one more look at every logit.
 
     Returns:
         The loss, and for each image of the global batch, `[2, B]`, whether its embedding and its normaliser are finite.
@@ -211,7 +224,7 @@ def normalized_softmax_loss(
         raise ValueError(f"temperature {temperature} is below {LOWEST_TEMPERATURE:.4f}, which float32 can express")
     with torch.autocast(embeddings_bD.device.type, enabled=False):
         result: tuple[Tensor, Tensor] = _PartitionedNormalizedSoftmax.apply(
-            F.normalize(embeddings_bD.float()), proxies, lr, temperature, group
+            F.normalize(embeddings_bD.float()), proxies, lr, temperature, group, accuracy
         )
     return result
 

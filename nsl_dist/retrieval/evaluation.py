@@ -13,13 +13,13 @@ from ray.util.queue import Queue
 from nsl_dist import cluster, storage
 from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, TrainEvalConfig, config_from_dict
 from nsl_dist.data.shards import Manifest, open_data
-from nsl_dist.progress import duration
+from nsl_dist.progress import duration, show_results
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes, Judge, Ranks, bootstrap_intervals, join, recall_at_k
 from nsl_dist.retrieval.search import Gallery, Kind, check_index, open_gallery, search
-from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE, RUN_FILE, newest_checkpoint
+from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE, RESULTS_FILE, RUN_FILE, newest_checkpoint
 
 # What each data set is reported with (paper, section 4.1).
 RECALL_AT: dict[Layout, tuple[int, ...]] = {
@@ -267,10 +267,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     storage.check_writable(config.storage)
     tracker = None
     if config.run_id is not None:
-        from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
+        from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
 
         tracker = Tracker(config.tracking_uri, storage_root=config.storage)
-        tracker.add_to(config.run_id)
+        tracker.find(config.run_id)  # or refuse it now
 
     cluster.connect(num_cpus=2)
     on_gpus = cluster.settle_device(config.device) == "cuda"
@@ -285,6 +285,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))
     weights = storage.join(checkpoint, MODEL_FILE)
     _check_weights(weights, settings)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained['step']}"
+    if tracker is not None:
+        tracker.start_evaluation(config, manifest, parent=str(config.run_id), name=name)
     query, gallery = manifest.evaluation_splits
     images = f"{manifest.splits[query]['num_images']:,} images of {manifest.splits[query]['num_classes']:,} classes"
     searched = "the rest" if query == gallery else f"{manifest.splits[gallery]['num_images']:,} images of the gallery"
@@ -295,12 +298,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "search": f"{images} query {searched}; {config.eval.index or 'exact'}, "
         f"{config.eval.num_shards or 'a shard for each ' + ('GPU' if num_gpus else 'node')}"
         f"{' shards' if config.eval.num_shards else ''}, {config.eval.memory_budget:g} GiB",
-        "MLflow": f"run {config.run_id} of {tracker.uri}" if tracker else "left alone; --run-id adds to a run",
+        "MLflow": f"{tracker.uri}, run {tracker.run_id}, a child of {config.run_id}"
+        if tracker
+        else "left alone; --run-id makes the evaluation a child of that run",
     }
     print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)
 
     started = time.monotonic()
-    results = evaluate(weights, settings, manifest, num_gpus=num_gpus)
+    try:
+        results = evaluate(weights, settings, manifest, num_gpus=num_gpus)
+    except BaseException:
+        if tracker is not None:
+            tracker.finish(status="FAILED")
+        raise
     results |= {
         "checkpoint": checkpoint,
         "step": trained["step"],
@@ -308,16 +318,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
     }
     content = json.dumps(results, indent=1)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained['step']}"
-    location = storage.join(config.storage, "evaluations", name, "results.json")
+    location = storage.join(config.storage, "evaluations", name, RESULTS_FILE)
     storage.write_bytes(location, content.encode())
     if tracker is not None:
-        # What was measured otherwise than by the training stands beside its metrics, not in their place.
-        other = ("_unrelated" if manifest.digest != trained["digest"] else "") + ("_index" if config.eval.index else "")
-        tracker.log({name + other: value for name, value in metrics_by_name(results).items()}, step=trained["step"])
-        tracker.log_file(f"evaluations/{name}.json", content)
-        tracker.wait()
-    print(f"\n{table({'': results})}\n{duration(time.monotonic() - started)} in all\nresults: {location}", flush=True)
+        tracker.log(metrics_by_name(results), step=trained["step"])
+        tracker.log_file(RESULTS_FILE, content)
+        tracker.finish(status="FINISHED")
+    seconds = duration(time.monotonic() - started)
+    show_results(f"\n{table({'': results})}\n{seconds} in all\nresults: {location}", results)
     return results
 
 

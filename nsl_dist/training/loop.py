@@ -98,6 +98,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
     agreement = _Agreement(config, progress, orders, first_step=first_step)
 
     labels_B = plan.batch(first_step).labels
+    accuracy = torch.zeros((), device=device)
     meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
     for step in range(first_step, schedule.num_steps):
         with meter.waiting(), _naming_damaged_shards(run_dir, config.data.max_damaged_shards):
@@ -108,7 +109,8 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         turn = (int(batch["step"][0]), int(batch["rank"][0]))
         assert turn == (step, rank), f"rank {rank} expected its part of step {step}, got (step, rank) = {turn}"
 
-        loss = training.run(batch["image"], labels_B, step=step)
+        shown = (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step
+        loss = training.run(batch["image"], labels_B, step=step, accuracy=accuracy if shown else None)
         if step + 1 < schedule.num_steps:
             labels_B = plan.batch(step + 1).labels
             training.proxies.prefetch(labels_B, step=step + 1)
@@ -126,7 +128,7 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
                     },
                 }
             )
-        if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == first_step:
+        if shown:
             value = loss.item()
             if not np.isfinite(value):
                 raise FloatingPointError(
@@ -134,7 +136,10 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
                 )
             if rank == 0:
                 lr = schedule.learning_rate(step)
-                progress.put({"step": step + 1, "loss": value, "learning_rate": lr, **meter.read(step)})
+                rates = {"learning_rate": lr, "learning_rate_proxies": lr * config.proxies.lr_scale}
+                progress.put(
+                    {"step": step + 1, "loss": value, "accuracy": accuracy.item(), **rates, **meter.read(step)}
+                )
         agreed = agreement.reached(step + 1)
         checkpoints.write_when_due(step=step + 1, out_of_turn=agreed.checkpoint)
         if agreed.leave:
@@ -333,6 +338,7 @@ class _Meter:
         elapsed, steps = now - self._read_at, step + 1 - self._read_step
         figures = {
             "images_per_second": steps * self._batch_size / elapsed,
+            "step_seconds": elapsed / steps,
             "data_wait_share": self._waited / elapsed,
         }
         if step == self._first_step:

@@ -1,17 +1,18 @@
 """What workers and mid-run evaluations report, shown as plain lines and tracked in MLflow."""
 
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from ray.util.queue import Queue
 
-from nsl_dist.progress import Phases, duration
+from nsl_dist.progress import Bar, Phases, duration
 from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from nsl_dist.tracking import Tracker
+    from nsl_dist.tracking.tracker import Tracker
 
 
 class Relay:
@@ -41,6 +42,7 @@ class Relay:
         self._shown_step = 0
         self._seen_at = time.monotonic()
         self._num_attempts = 0
+        self._bar: Bar | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -61,6 +63,8 @@ class Relay:
                 self.left_at = step
             elif "cluster" in record:
                 print(f"step {step:,}: the cluster has {record['cluster']} now", flush=True)
+            elif "nodes" in record:
+                self._tracked.log(record["nodes"], step=self._shown_step)
             elif "warning" in record:
                 print(f"step {step:,}: {record['warning']}", flush=True)
             elif "checkpoint" in record:
@@ -100,11 +104,16 @@ class Relay:
         if left is not None:  # unknown after the first step, which waits for the first batch
             self.rates.append(record["images_per_second"])
         epoch = (step - 1) // schedule.steps_per_epoch + 1
-        print(
+        line = (
             f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
-            f"lr {record['learning_rate']:.2g}  {record['images_per_second']:.0f} images/s  "
-            f"data wait {record['data_wait_share']:.0%}" + (f"  {duration(left)} left" if left is not None else ""),
-            flush=True,
+            f"accuracy {record['accuracy']:.0%}  lr {record['learning_rate']:.2g}  "
+            f"{record['images_per_second']:.0f} images/s  data wait {record['data_wait_share']:.0%}"
+            + (f"  {duration(left)} left" if left is not None else "")
         )
+        if sys.stdout.isatty():
+            self._bar = self._bar or Bar("train", schedule.num_steps)
+            self._bar.show(step, line)
+        else:
+            print(line, flush=True)
         self._shown_step, self._seen_at = step, time.monotonic()
         self._tracked.log(record, step=step, once=True)

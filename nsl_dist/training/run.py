@@ -27,7 +27,7 @@ from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig, config_from_dict, differences
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, layout_of, open_data
-from nsl_dist.progress import Phases, duration
+from nsl_dist.progress import Phases, duration, show_results
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.retrieval.evaluation import (
     evaluate,
@@ -40,6 +40,7 @@ from nsl_dist.retrieval.evaluation import (
 )
 from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import (
+    BEST,
     CONFIG_FILE,
     DIGEST_FILE,
     MLFLOW_ID_FILE,
@@ -58,7 +59,7 @@ from nsl_dist.training.relay import Relay
 from nsl_dist.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from nsl_dist.tracking import Tracker
+    from nsl_dist.tracking.tracker import Tracker
 
 # CPUs beside the training workers: one to decode, and for evaluation in mid-run one to embed and one to decode for it.
 DATA_CPUS = 1
@@ -155,6 +156,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         }
         content = json.dumps(results, indent=1)
         tracked.log_file(RESULTS_FILE, content)
+        if config.tracking.register is not None:
+            best = storage.join(run_dir, BEST)
+            registered = tracked.register(best, name=config.tracking.register, step=step_of(best))
+            print(f"registered: {registered}", flush=True)
         prune_checkpoints(run_dir, keep=config.checkpoint.keep)
         tracked.finish(status="FINISHED")
         storage.write_bytes(storage.join(run_dir, RESULTS_FILE), content.encode())  # last: with it the run is finished
@@ -288,7 +293,7 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _open_tracking(config: TrainConfig, run_dir: str) -> "Tracker":
-    from nsl_dist.tracking import Tracker  # MLflow takes seconds to import
+    from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
 
     goes_on = storage.exists(storage.join(run_dir, MLFLOW_ID_FILE))
     return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
@@ -311,7 +316,8 @@ def _start_tracking(tracked: "Tracker", config: TrainConfig, manifest: Manifest,
             )
         tracked.resume(storage.read_bytes(location).decode())
         return
-    tracked.start(config, experiment=config.tracking.experiment or manifest.layout, digest=manifest.digest)
+    commit = cluster.job_metadata().get("git_commit") or None  # see Makefile
+    tracked.start(config, manifest, cluster=cluster.described(), git_commit=commit)
     storage.write_bytes(storage.join(run_dir, CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
     storage.write_bytes(of_data, manifest.digest.encode())
     storage.write_bytes(location, tracked.run_id.encode())
@@ -378,6 +384,8 @@ def _fit(
     if most > fewest:
         # After the loss of a node Ray Train still counts it at first, and waits a minute for room for as many workers.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    from nsl_dist.tracking.nodes import NodeMetrics
+
     # On the driver's own node: the loss of another one must not take it away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
@@ -417,6 +425,7 @@ def _fit(
         ),
     )
     relay = Relay(progress, tracked, schedule, phases)
+    nodes = NodeMetrics(lambda metrics: progress.put({"step": 0, "nodes": metrics}))  # the relay knows the step
 
     def has_left() -> bool:
         if relay.left_at is None:
@@ -446,6 +455,7 @@ def _fit(
                 # Storage failed where Ray Train keeps its own record, which it does not try twice.
                 print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
     finally:
+        nodes.close()
         relay.close()
     checkpoint = storage.patiently(lambda: newest_checkpoint(run_dir))
     if stopped_by is not None and (checkpoint is None or step_of(checkpoint) < schedule.num_steps):
@@ -544,8 +554,11 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
 def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str) -> None:
     trained = results | {"seconds": results["evaluation_seconds"]}
     untrained = {"untrained": results["untrained"]} if "untrained" in results else {}
-    print("\n" + table({"trained": trained} | untrained if untrained else {"": trained}))
     seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results["seconds"].items())
-    print(f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s")
-    print(f"results: {run_dir}/{RESULTS_FILE}")
-    print(f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}", flush=True)
+    lines = [
+        "\n" + table({"trained": trained} | untrained if untrained else {"": trained}),
+        f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s",
+        f"results: {run_dir}/{RESULTS_FILE}",
+        f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}",
+    ]
+    show_results("\n".join(lines), results)

@@ -96,13 +96,16 @@ class TrainingStep:
                 )
         self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay, step=step)
 
-    def run(self, images_bCHW: Tensor, labels_B: NDArray[np.int64], *, step: int) -> Tensor:
+    def run(
+        self, images_bCHW: Tensor, labels_B: NDArray[np.int64], *, step: int, accuracy: Tensor | None = None
+    ) -> Tensor:
         """Do one iteration.
 
         Args:
             images_bCHW: this worker's part of the batch, uint8, on its device.
             labels_B: the classes of the global batch, in rank order.
             step: of the run, counted from 0.
+            accuracy: see `normalized_softmax_loss`.
 
         Returns:
             The loss of the global batch, a detached scalar on the device.
@@ -117,7 +120,8 @@ class TrainingStep:
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             embeddings_bD = self._forward(images_bCHW)
         lr = self.schedule.learning_rate(step)
-        loss = self.proxies.loss(embeddings_bD, labels_B, step=step, lr=lr * self.config.proxies.lr_scale)
+        lr_proxies = lr * self.config.proxies.lr_scale
+        loss = self.proxies.loss(embeddings_bD, labels_B, step=step, lr=lr_proxies, accuracy=accuracy)
 
         if self.optimizer is not None:
             self.optimizer.zero_grad()

@@ -114,6 +114,7 @@ def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
     reference = torch.optim.SGD([dense], lr=1.0, momentum=0.9, weight_decay=1e-3)
     part = Partition(num_classes, rank, world_size)
     matrix = matrix_of(part, weight_decay=1e-3, sample_rate=0.1)
+    accuracies: list[float] = []
     centres = np.random.default_rng(1).normal(size=(num_classes, DIM))
     mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
     for step in range(200):
@@ -122,13 +123,19 @@ def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
         embeddings = torch.from_numpy(centres[labels]) + 0.5 * noise
         classes = sampled_classes(labels, num_classes, 0.1, step, world_size)
         exact = dense_loss(embeddings, dense, labels, classes, torch.zeros(1))
+        nearest = classes[(embeddings @ F.normalize(dense.detach()[classes]).T).argmax(dim=1)]
         reference.zero_grad(set_to_none=False)
         exact.backward()
         reference.param_groups[0]["lr"] = lr
         reference.step()
-        loss = matrix.loss(embeddings[mine].float().requires_grad_(), labels, step=step, lr=lr)
+        accuracy = torch.tensor(-1.0) if step % 3 == 0 else None
+        loss = matrix.loss(embeddings[mine].float().requires_grad_(), labels, step=step, lr=lr, accuracy=accuracy)
         loss.backward()
+        if accuracy is not None:
+            assert accuracy.item() == pytest.approx((nearest == labels).mean()), step
+            accuracies.append(accuracy.item())
         assert abs(loss.item() - exact.item()) < 1e-6 / TEMPERATURE, step  # float32 at logits of up to 1 / temperature
+    assert min(accuracies) < 0.2 < 0.8 < max(accuracies)
     state = matrix.complete(step=200)
     assert relative_error(state["weight"], dense.detach()[part.start : part.stop]) < 1e-5
     velocity = reference.state[dense]["momentum_buffer"][part.start : part.stop]

@@ -81,10 +81,14 @@ def test_prepare_train_evaluate(root: Path, storage: Path, tmp_path: Path, monke
     assert 0 <= results["nmi"]["float"] <= 1
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     assert client.get_experiment_by_name("cars196") is not None
-    logged = client.get_run(run_id)
-    assert logged.data.metrics["map_at_r_binary"] == results["map_at_r"]["binary"]
-    assert logged.info.status == "FINISHED"
-    assert [file.path for file in client.list_artifacts(run_id)] == ["evaluations", "results.json"]
+    of_experiment = [client.get_experiment_by_name("cars196").experiment_id]
+    (child,) = client.search_runs(of_experiment, f"tags.mlflow.parentRunId = '{run_id}'")
+    assert child.data.metrics["map_at_r_binary"] == results["map_at_r"]["binary"]
+    assert child.data.params["eval.intervals"] == "True"
+    assert child.inputs.dataset_inputs[0].dataset.digest == results["data"]["digest"][:36]
+    assert [each.info.status for each in (child, client.get_run(run_id))] == ["FINISHED"] * 2
+    for each in (child.info.run_id, run_id):
+        assert [file.path for file in client.list_artifacts(each)] == ["results.json"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from nsl_dist.data.shards import DamagedShardError, _open_shard, load_manifest, 
 from nsl_dist.data.stream import fetch
 from nsl_dist.data.transforms import augment
 from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
-from nsl_dist.tracking import Tracker
+from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.checkpoint import Checkpointer
 from nsl_dist.training.run import _as_started, _drop_damaged_record, _refuse_to_change, _start_tracking, train
 from nsl_dist.training.step import TrainingStep
@@ -340,7 +340,7 @@ def test_mlflow_that_is_away_for_a_while(
         assert list((tmp_path / "unsent").iterdir()) == []
 
         stop(server)
-        monkeypatch.setattr("nsl_dist.tracking.MLFLOW_PATIENCE", 0.0)
+        monkeypatch.setattr("nsl_dist.tracking.tracker.MLFLOW_PATIENCE", 0.0)
         tracker.log({"loss": 6.0}, step=6)
         tracker.log_file("results.json", "{}")
         tracker.finish(status="FINISHED")
@@ -354,7 +354,7 @@ def test_mlflow_that_is_away_for_a_while(
         for step in (6, 7):  # one of them once more
             resumed.log({"loss": float(step)}, step=step, once=True)
         server = serve()
-        monkeypatch.setattr("nsl_dist.tracking.MLFLOW_PATIENCE", 60.0)
+        monkeypatch.setattr("nsl_dist.tracking.tracker.MLFLOW_PATIENCE", 60.0)
         resumed.finish(status="FINISHED")
         assert not kept.exists()
         assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5, 6, 7]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nsl_dist import storage
-from nsl_dist.tracking import Tracker
+from nsl_dist.tracking.tracker import Tracker
 
 
 def failing(*errors: OSError) -> Callable[[], str]:

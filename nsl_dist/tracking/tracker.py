@@ -1,19 +1,27 @@
-"""MLflow: the one module that speaks to it. The driver owns the run; workers send it their records."""
+"""A run in MLflow. The driver owns it; workers send it their records."""
 
 import json
 import os
 import time
 from collections import deque
-from typing import Any
+from contextlib import suppress
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import mlflow
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from nsl_dist import storage
-from nsl_dist.config import TrainConfig, flatten
+from nsl_dist.config import EvaluateConfig, TrainConfig, flatten
 from nsl_dist.runs import unsent_file
 
+if TYPE_CHECKING:
+    from nsl_dist.data.shards import Manifest
+
+PACKAGES = ("nsl_dist", "torch", "torchvision", "ray", "faiss-gpu", "pyarrow", "mlflow")  # whose versions are tags
 MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
 SECONDS_BETWEEN_TRIES = 10.0
 
@@ -58,6 +66,7 @@ class Tracker:
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
         uri = uri or f"sqlite:///{local_root}/mlflow.db"
+        self._tracking_uri = uri
         self.uri = storage.without_password(uri)
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -74,14 +83,8 @@ class Tracker:
             ValueError: MLflow does not know it.
 
         """
-        try:
-            self._client.get_run(run_id)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise ValueError(
-                    f"{self.uri} has no MLflow run {run_id} ({error}); give the storage or tracking URI of its training"
-                ) from error
-            # Otherwise it is away, as the first record will find.
+        with suppress(mlflow.exceptions.MlflowException):  # it is away, as the first record will find
+            self.find(run_id)
         self.run_id = run_id
         kept = unsent_file(self._storage_root, run_id)
         if storage.exists(kept):
@@ -97,16 +100,84 @@ class Tracker:
         self.add_to(run_id)
         self._send({"status": "RUNNING"})
 
-    def start(self, config: TrainConfig, *, experiment: str, digest: str) -> None:
-        """Create a run with the configuration and the data's digest as parameters."""
+    def start(self, config: TrainConfig, manifest: "Manifest", *, cluster: str, git_commit: str | None) -> None:
+        """Create the run of a training: its configuration as parameters, data set, and tags of where it runs.
+
+        Args:
+            config: of the run.
+            manifest: of its data.
+            cluster: in words.
+            git_commit: of the code, where git cannot be asked; None: it can, or nobody knows.
+
+        Raises:
+            ValueError: MLflow does not know the parent.
+
+        """
+        experiment = config.tracking.experiment or manifest.layout
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
             experiment_id = self._client.create_experiment(experiment, artifact_location=self._artifacts)
         else:
             experiment_id = found.experiment_id
-        self.run_id = self._client.create_run(experiment_id, run_name=config.run_name).info.run_id
-        params = {name: str(value) for name, value in flatten(config).items()} | {"data.digest": digest}
-        self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
+        tags = {"cluster": cluster} | {f"version.{name}": version(name) for name in PACKAGES}
+        if git_commit is not None:
+            tags[MLFLOW_GIT_COMMIT] = git_commit
+        if config.tracking.parent is not None:
+            self.find(config.tracking.parent)
+            tags[MLFLOW_PARENT_RUN_ID] = config.tracking.parent
+        self._create_run(experiment_id, str(config.run_name), tags, manifest, context="training")
+        self._log_params(flatten(config) | {"data.digest": manifest.digest})
+
+    def start_evaluation(self, config: EvaluateConfig, manifest: "Manifest", *, parent: str, name: str) -> None:
+        """Create the run of an evaluation of its own, as a child of that of the training, and in its experiment.
+
+        Args:
+            config: of the evaluation.
+            manifest: of its data.
+            parent: MLflow's id of the training's run.
+            name: of the new run.
+
+        Raises:
+            ValueError: MLflow does not know the parent.
+
+        """
+        experiment_id = self.find(parent).info.experiment_id
+        self._create_run(experiment_id, name, {MLFLOW_PARENT_RUN_ID: parent}, manifest, context="evaluation")
+        self._log_params(flatten(config) | {"data.digest": manifest.digest})
+
+    def find(self, run_id: str) -> Run:
+        """Return a run.
+
+        Raises:
+            ValueError: MLflow does not know it.
+            mlflow.exceptions.MlflowException: MLflow is away.
+
+        """
+        try:
+            return self._client.get_run(run_id)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ValueError(
+                f"{self.uri} has no MLflow run {run_id} ({error}); give the storage or tracking URI of its training"
+            ) from error
+
+    def _create_run(
+        self, experiment_id: str, name: str, tags: dict[str, str], manifest: "Manifest", *, context: str
+    ) -> None:
+        run = self._client.create_run(experiment_id, run_name=name, tags=resolve_tags() | tags)
+        self.run_id = run.info.run_id
+        data = Dataset(
+            name=manifest.layout,
+            digest=manifest.digest[:36],  # MLflow keeps no more
+            source_type="shards",
+            source=json.dumps({"root": manifest.root, "source": manifest.source}),
+            profile=json.dumps(manifest.splits),
+        )
+        self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def _log_params(self, params: dict[str, Any]) -> None:
+        self._client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in params.items()])
 
     def log(self, metrics: dict[str, float], *, step: int, once: bool = False) -> None:
         """Log metrics at a global step, now or when MLflow can be reached again.
@@ -123,6 +194,13 @@ class Tracker:
     def log_file(self, name: str, content: str) -> None:
         """Log a text as an artifact, now or when MLflow can be reached again."""
         self._send({"file": name, "content": content})
+
+    def register(self, checkpoint: str, *, name: str, step: int) -> str:
+        """Register the model of a checkpoint as the newest version of `name`; return the URI to load it by."""
+        from nsl_dist.tracking.models import register  # imports torch
+
+        number = register(checkpoint, name=name, run_id=self.run_id, step=step, tracking_uri=self._tracking_uri)
+        return f"models:/{name}/{number}"
 
     def finish(self, *, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED, and `wait`."""

@@ -1,0 +1,60 @@
+r"""Hand a trained model on: into MLflow's model registry, or to a file of ONNX.
+
+python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --register sop
+python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --onnx sop.onnx
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import tyro
+
+from nsl_dist import storage
+from nsl_dist.commandline import run_job
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What to hand on, and where to."""
+
+    checkpoint: str
+    """Folder or URI of a checkpoint, or of a run's `best`."""
+    register: str | None = None
+    """Name in MLflow's model registry, where the model becomes a new version, loadable with mlflow.pyfunc and
+    mlflow.pytorch."""
+    onnx: Path | None = None
+    """File to write as ONNX: uint8 images [N, 3, size, size] to unit vectors [N, dim]; checked against torch."""
+    storage: str = "~/nsl_dist"
+    """Folder or URI of the training, where MLflow's database is unless --tracking-uri says otherwise."""
+    tracking_uri: str | None = None
+    """MLflow server or database. None: that of MLFLOW_TRACKING_URI, else sqlite:///STORAGE/mlflow.db, or
+    ~/nsl_dist/mlflow.db where storage is remote."""
+
+
+def main() -> None:
+    """Parse, write, say where."""
+    config = tyro.cli(ExportConfig, description=__doc__)
+    checkpoint = storage.absolute(config.checkpoint).rstrip("/")
+    if config.register is None and config.onnx is None:
+        raise ValueError("nothing to do: give --register NAME, --onnx FILE or both")
+
+    from nsl_dist.runs import MLFLOW_ID_FILE, RUN_FILE  # after parsing: --help needs no pyarrow
+
+    if config.onnx is not None:
+        from nsl_dist.onnx_export import export_onnx
+
+        difference = export_onnx(checkpoint, config.onnx)
+        print(f"{config.onnx}: {config.onnx.stat().st_size / 2**20:.1f} MiB; differs from torch by {difference:.1e}")
+    if config.register is not None:
+        from nsl_dist.tracking.tracker import Tracker
+
+        tracker = Tracker(config.tracking_uri, storage_root=config.storage)
+        run_dir = checkpoint.rpartition("/")[0]
+        tracker.add_to(storage.read_bytes(storage.join(run_dir, MLFLOW_ID_FILE)).decode())
+        step = int(json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["step"])
+        print(f"{tracker.uri}: {tracker.register(checkpoint, name=config.register, step=step)}")
+
+
+if __name__ == "__main__":
+    run_job(main)

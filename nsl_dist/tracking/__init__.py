@@ -1,0 +1,1 @@
+"""MLflow: runs, metrics of nodes, models. Nothing else speaks to it."""

@@ -1,0 +1,97 @@
+"""The embedding model in MLflow's registry: a model flavour of ours, which MLflow's `Model.log` saves by.
+
+A registered model holds the model of a checkpoint for `mlflow.pyfunc` (images in, see `nsl_dist/pyfunc.py`) and for
+`mlflow.pytorch` (the bare network, normalised pixels in), the code and the versions of the packages that both need.
+"""
+
+import io
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+import pandas as pd
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+from PIL import Image
+
+import nsl_dist
+from nsl_dist import storage
+from nsl_dist.embedder import load_embedder
+from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+
+# All that nsl_dist/pyfunc.py imports.
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "simplejpeg", "torch", "torchvision")
+
+
+def register(checkpoint: str, *, name: str, run_id: str, step: int, tracking_uri: str) -> int:
+    """Log the model of a checkpoint to a run, and register it as a new version.
+
+    Args:
+        checkpoint: folder or URI.
+        name: in the registry; made if it is new.
+        run_id: MLflow's, of the training.
+        step: iterations before the checkpoint.
+        tracking_uri: MLflow's; the registry is there, too.
+
+    Returns:
+        The version.
+
+    """
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+    mlflow.set_experiment(experiment_id=mlflow.get_run(run_id).info.experiment_id)
+    info = Model.log(
+        None,
+        flavor=sys.modules[__name__],
+        name="embedder",
+        registered_model_name=name,
+        run_id=run_id,
+        step=step,
+        checkpoint=checkpoint,
+    )
+    return int(info.registered_model_version)
+
+
+def save_model(path: str, mlflow_model: Model, *, checkpoint: str) -> None:
+    """Save the model of a checkpoint in both flavours; called by MLflow.
+
+    Args:
+        path: folder to make.
+        mlflow_model: MLflow's description, to be filled in.
+        checkpoint: folder or URI.
+
+    """
+    embedder = load_embedder(checkpoint)
+    signature = ModelSignature(
+        inputs=Schema(
+            [ColSpec(DataType.binary, "image", required=False), ColSpec(DataType.string, "path", required=False)]
+        ),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, embedder.dim))]),
+        params=ParamSchema([ParamSpec("binary", DataType.boolean, default=False)]),
+    )
+    mlflow.pytorch.save_model(
+        embedder.model,
+        path,
+        mlflow_model=mlflow_model,
+        code_paths=[str(Path(nsl_dist.__file__).parent)],
+        serialization_format="pickle",  # a network that can be trained on, which a traced graph cannot
+        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
+        signature=signature,
+        input_example=pd.DataFrame({"image": [_example(shade) for shade in (64, 192)]}),
+    )
+    for name in (MODEL_FILE, DESCRIPTION_FILE):
+        storage.write_bytes(str(Path(path, "embedder", name)), storage.read_bytes(storage.join(checkpoint, name)))
+    served: dict[str, Any] = mlflow_model.flavors[mlflow.pyfunc.FLAVOR_NAME]
+    served |= {mlflow.pyfunc.MAIN: "nsl_dist.pyfunc", mlflow.pyfunc.DATA: "embedder"}
+    del served[mlflow.pyfunc.MODEL_CONFIG]  # of its own loader
+    mlflow_model.save(str(Path(path, "MLmodel")))
+
+
+def _example(shade: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, shade, shade)).save(stream, "JPEG")
+    return stream.getvalue()

@@ -1,0 +1,92 @@
+"""CPU, memory, network and GPUs of a cluster's nodes, as MLflow's own monitors measure them."""
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nsl_dist import cluster
+
+EVERY_SECONDS = 10.0  # as MLflow's own
+ANSWER_SECONDS = 5.0  # a node that is slower is asked again the next time
+
+
+class NodeMetrics:
+    """Measures all nodes that are there, from a thread of its own, until it is closed.
+
+    Args:
+        log: takes metrics by MLflow's names, `system/NODE/cpu_utilization_percentage`.
+
+    """
+
+    def __init__(self, log: Callable[[dict[str, float]], None]) -> None:
+        self._log = log
+        self._monitors: dict[str, Any] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop measuring."""
+        self._closed.set()
+        self._thread.join()
+        for monitor in self._monitors.values():
+            ray.kill(monitor)
+
+    def _run(self) -> None:
+        while not self._closed.wait(EVERY_SECONDS):
+            names = _names(cluster.live_nodes())
+            for gone in self._monitors.keys() - names.keys():
+                del self._monitors[gone]
+            for node in names.keys() - self._monitors.keys():
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._monitors[node] = ray.remote(num_cpus=0, scheduling_strategy=here)(_Monitor).remote()
+            asked = {monitor.read.remote(): names[node] for node, monitor in self._monitors.items()}
+            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+            metrics: dict[str, float] = {}
+            for answer in answered:
+                try:
+                    metrics |= {f"system/{asked[answer]}/{name}": value for name, value in ray.get(answer).items()}
+                except ray.exceptions.RayActorError:
+                    continue  # its node has just gone
+            if metrics:
+                self._log(metrics)
+
+
+def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what to call each node, by its id: by its address, where no other has the same."""
+    shared = Counter(node["NodeManagerAddress"] for node in nodes)
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        + (f"-{node['NodeID'][:6]}" if shared[node["NodeManagerAddress"]] > 1 else "")
+        for node in nodes
+    }
+
+
+class _Monitor:
+    """An actor on a node."""
+
+    def __init__(self) -> None:
+        os.nice(10)  # training goes first
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._monitors: list[Any] = [CPUMonitor(), NetworkMonitor()]
+        with suppress(RuntimeError):  # there is none
+            self._monitors.append(GPUMonitor())
+        self.read()  # of a CPU, what it does between two readings
+
+    def read(self) -> dict[str, float]:
+        """Return what MLflow's monitors say, by their names."""
+        metrics: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            metrics |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return metrics
