@@ -20,7 +20,7 @@ class NodeMetrics:
     """Measures all nodes that are there, from a thread of its own, until it is closed.
 
     Args:
-        log: takes metrics by MLflow's names, `system/NODE/cpu_utilization_percentage`.
+        log: takes the metrics of one node by MLflow's names, `system/NODE/cpu_utilization_percentage`.
 
     """
 
@@ -48,14 +48,10 @@ class NodeMetrics:
                 self._monitors[node] = ray.remote(num_cpus=0, scheduling_strategy=here)(_Monitor).remote()
             asked = {monitor.read.remote(): names[node] for node, monitor in self._monitors.items()}
             answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
-            metrics: dict[str, float] = {}
             for answer in answered:
-                try:
-                    metrics |= {f"system/{asked[answer]}/{name}": value for name, value in ray.get(answer).items()}
-                except ray.exceptions.RayActorError:
-                    continue  # its node has just gone
-            if metrics:
-                self._log(metrics)
+                with suppress(ray.exceptions.RayActorError):  # its node has just gone
+                    values = ray.get(answer)
+                    self._log({f"system/{asked[answer]}/{name}": value for name, value in values.items()})
 
 
 def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:

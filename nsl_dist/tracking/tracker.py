@@ -21,7 +21,7 @@ from nsl_dist.runs import unsent_file
 if TYPE_CHECKING:
     from nsl_dist.data.shards import Manifest
 
-PACKAGES = ("nsl_dist", "torch", "torchvision", "ray", "faiss-gpu", "pyarrow", "mlflow")  # whose versions are tags
+PACKAGES = ("torch", "torchvision", "ray", "faiss-gpu", "pyarrow", "mlflow")  # whose versions are tags
 MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
 SECONDS_BETWEEN_TRIES = 10.0
 
@@ -58,7 +58,7 @@ class Tracker:
         self._is_kept = False  # whether there is a file
         self._away = False
         self._try_again_at = 0.0
-        self._last_step: int | None = None  # of the records that are logged once
+        self._last_steps: dict[str, int] = {}  # of metrics that are logged once, by the first of their record
         # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -246,13 +246,13 @@ class Tracker:
 
     def _send_one(self, record: dict[str, Any]) -> None:
         if "metrics" in record:
-            timestamp, step = record["timestamp"], record["step"]
-            if record["once"] and step <= self._last_step_of(next(iter(record["metrics"]))):
+            timestamp, step, first = record["timestamp"], record["step"], next(iter(record["metrics"]))
+            if record["once"] and step <= self._last_step_of(first):
                 return
             metrics = [Metric(name, value, timestamp, step) for name, value in record["metrics"].items()]
             self._client.log_batch(self.run_id, metrics=metrics)
             if record["once"]:
-                self._last_step = step
+                self._last_steps[first] = step
         elif "file" in record:
             self._client.log_text(self.run_id, record["content"], record["file"])
         elif record["status"] == "RUNNING":
@@ -261,11 +261,11 @@ class Tracker:
             self._client.set_terminated(self.run_id, record["status"])
 
     def _last_step_of(self, name: str) -> int:
-        """Return the last step at which the metric of the records that are logged once was logged."""
-        if self._last_step is None:
+        """Return the last step at which a metric was logged."""
+        if name not in self._last_steps:
             history = self._client.get_metric_history(self.run_id, name)
-            self._last_step = max((metric.step for metric in history), default=0)
-        return self._last_step
+            self._last_steps[name] = max((metric.step for metric in history), default=0)
+        return self._last_steps[name]
 
     def _keep_unsent(self) -> None:
         """Keep what is unsent in a file too, for a driver that is lost or gives up waiting."""

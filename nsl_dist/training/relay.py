@@ -63,8 +63,8 @@ class Relay:
                 self.left_at = step
             elif "cluster" in record:
                 print(f"step {step:,}: the cluster has {record['cluster']} now", flush=True)
-            elif "nodes" in record:
-                self._tracked.log(record["nodes"], step=self._shown_step)
+            elif "node" in record:
+                self._tracked.log(record["node"], step=self._shown_step, once=True)
             elif "warning" in record:
                 print(f"step {step:,}: {record['warning']}", flush=True)
             elif "checkpoint" in record:

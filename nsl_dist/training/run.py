@@ -425,7 +425,7 @@ def _fit(
         ),
     )
     relay = Relay(progress, tracked, schedule, phases)
-    nodes = NodeMetrics(lambda metrics: progress.put({"step": 0, "nodes": metrics}))  # the relay knows the step
+    nodes = NodeMetrics(lambda metrics: progress.put({"step": 0, "node": metrics}))  # the relay knows the step
 
     def has_left() -> bool:
         if relay.left_at is None:
