@@ -5,6 +5,7 @@ A registered model holds the model of a checkpoint for `mlflow.pyfunc` (images i
 """
 
 import io
+import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,7 @@ def register(checkpoint: str, *, name: str, run_id: str, step: int, tracking_uri
         The version.
 
     """
+    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)  # it warns of pickle, which we chose
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
     mlflow.set_experiment(experiment_id=mlflow.get_run(run_id).info.experiment_id)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jobs.chaos import Driver, Nodes, compare
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig, config_from_dict
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
-from nsl_dist.data.shards import DamagedShardError, _open_shard, load_manifest, open_data
+from nsl_dist.data.shards import DamagedShardError, Manifest, _open_shard, load_manifest, open_data
 from nsl_dist.data.stream import fetch
 from nsl_dist.data.transforms import augment
 from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
@@ -324,7 +324,8 @@ def test_mlflow_that_is_away_for_a_while(
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         tracker = Tracker(None, storage_root=str(tmp_path))
-        tracker.start(TrainConfig(run_name="away"), experiment="away", digest="d")
+        data = Manifest("/data", "sop", source="/raw", digest="d", splits={}, undecodable=[], shards=[])
+        tracker.start(TrainConfig(run_name="away"), data, cluster="1 node", git_commit=None)
         tracker.log({"loss": 3.0}, step=1)
         stop(server)
         for step in (2, 3, 4):

@@ -2,17 +2,21 @@
 
 import json
 import re
+import subprocess
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.embedder import load_embedder
 from nsl_dist.training.run import train
 from tests.conftest import job, write_sop
-from tests.e2e.local_cluster import started_local, wait_until
+from tests.e2e.local_cluster import ROOT, started_local, wait_until
 
 SMALL = [
     "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20", "--tracking.every=2",
@@ -34,6 +38,7 @@ def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     flags = [
         f"--data.root={root}", f"--storage={storage}", "--run-name=first", "--num-workers=2", *SMALL,
         "--proxies.sample-rate=0.5", "--eval.every=1", "--eval.untrained", "--eval.num-shards=2", "--checkpoint.keep=1",
+        "--tracking.register=shop",
     ]  # fmt: skip
     with started_local(tmp_path_factory.mktemp("home")) as local:
         status, output = local.submit(" ".join(flags))
@@ -91,10 +96,31 @@ def test_mlflow_run(finished: tuple[Path, str]) -> None:
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
     assert run.data.params["proxies.sample_rate"] == "0.5"
     assert len(run.data.params["data.digest"]) == 64
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 4, 6, 8, 10, 12, 14]
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("sop", run.data.params["data.digest"][:36])
+    assert json.loads(data.dataset.profile)["train"]["num_images"] == 140
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    tags = {"mlflow.source.git.commit": commit, "version.torch": version("torch")}
+    assert tags.items() <= run.data.tags.items()
+    assert re.fullmatch(r"6 CPUs and 0 GPUs on 3 nodes", run.data.tags["cluster"])
+    for name in ("loss", "accuracy", "learning_rate", "learning_rate_proxies", "images_per_second", "step_seconds"):
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+        assert steps == [1, 2, 4, 6, 8, 10, 12, 14], name
+    assert 0 <= run.data.metrics["accuracy"] <= 1
     recalls = client.get_metric_history(run.info.run_id, "recall_at_1_float")
     assert [metric.step for metric in sorted(recalls, key=lambda m: m.step)] == [0, 7, 14]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["results.json"]
+
+
+def test_registered_model_is_the_best(finished: tuple[Path, str], root: Path) -> None:
+    storage, output = finished
+    assert "registered: models:/shop/1" in output
+    mlflow.set_tracking_uri(f"sqlite:///{storage}/mlflow.db")
+    paths = [str(path) for path in sorted(root.glob("thing_final/*"))[:7]]
+    expected = load_embedder(str(storage / "runs" / "first" / "best"))(paths)
+    model = mlflow.pyfunc.load_model("models:/shop/1")
+    for count in (1, 7):
+        np.testing.assert_allclose(model.predict(pd.DataFrame({"path": paths[:count]})), expected[:count], atol=1e-5)
 
 
 def test_checkpoint(finished: tuple[Path, str]) -> None:
