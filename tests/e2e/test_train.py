@@ -1,7 +1,9 @@
 """The main job as its user runs it: raw images in, trained model, results and MLflow run out."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 from importlib.metadata import version
 from itertools import pairwise
@@ -16,7 +18,8 @@ from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.embedder import load_embedder
 from nsl_dist.training.run import train
 from tests.conftest import job, write_sop
-from tests.e2e.local_cluster import ROOT, started_local, wait_until
+from tests.e2e.browser import opened_browser
+from tests.e2e.local_cluster import BIN, ROOT, free_ports, listens, started_local, wait_until
 
 SMALL = [
     "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20", "--tracking.every=2",
@@ -102,7 +105,7 @@ def test_mlflow_run(finished: tuple[Path, str]) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     tags = {"mlflow.source.git.commit": commit, "version.torch": version("torch")}
     assert tags.items() <= run.data.tags.items()
-    assert re.fullmatch(r"6 CPUs and 0 GPUs on 3 nodes", run.data.tags["cluster"])
+    assert re.fullmatch(r"\d CPUs and 0 GPUs on \d nodes", run.data.tags["cluster"])  # idle ones go meanwhile
     for name in ("loss", "accuracy", "learning_rate", "learning_rate_proxies", "images_per_second", "step_seconds"):
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == [1, 2, 4, 6, 8, 10, 12, 14], name
@@ -110,6 +113,34 @@ def test_mlflow_run(finished: tuple[Path, str]) -> None:
     recalls = client.get_metric_history(run.info.run_id, "recall_at_1_float")
     assert [metric.step for metric in sorted(recalls, key=lambda m: m.step)] == [0, 7, 14]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["results.json"]
+
+
+def test_mlflow_shows_the_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    storage, _ = finished
+    (port,) = free_ports(1)
+    uri, address = f"sqlite:///{storage}/mlflow.db", f"http://127.0.0.1:{port}"
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        command = [BIN / "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
+    try:
+        with opened_browser(tmp_path / "profile") as browser:
+            wait_until(lambda: listens(port), seconds=60, why=log.read_text)
+            client = mlflow.MlflowClient(address)
+            experiment = client.get_experiment_by_name("sop").experiment_id
+            (run,) = client.search_runs([experiment])
+            page = f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}"
+            for tab, texts in (("", ("first", "recall_at_1_float", "shop")), ("/artifacts", ("results.json",))):
+                browser.get(page + tab)
+
+                def shown() -> str:
+                    return browser.find_element("tag name", "body").text
+
+                for text in texts:
+                    wait_until(lambda text=text, shown=shown: text in shown(), seconds=60, why=shown)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
 
 
 def test_registered_model_is_the_best(finished: tuple[Path, str], root: Path) -> None:
