@@ -14,13 +14,13 @@ import sys
 
 import tyro
 
-from nsl_dist.commandline import run_job, spell_out
+from nsl_dist.commandline import OUTPUT_FLAGS, run_job, spell_out
 from nsl_dist.config import EvaluateConfig
 
 
 def main() -> None:
     """Parse, embed, search, measure."""
-    config = tyro.cli(EvaluateConfig, args=spell_out(sys.argv[1:]), description=__doc__)
+    config = tyro.cli(EvaluateConfig, args=spell_out(sys.argv[1:]), description=f"{__doc__}\n{OUTPUT_FLAGS}")
 
     from nsl_dist.retrieval.evaluation import run  # after parsing: --help needs neither torch nor Ray
 
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, shows_results=True)

@@ -22,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, shows_results=True)

@@ -13,6 +13,9 @@ from nsl_dist.recipes import RECIPES
 from nsl_dist.runs import StoppedError, TrainingError
 
 
+OUTPUT_FLAGS = "--quiet prints results and errors alone; --json prints the results as JSON, all else to stderr."
+
+
 def parse_train_config(
     arguments: list[str], *, description: str, recipe: str = "laptop", layout: Layout | None = None
 ) -> TrainConfig:
@@ -33,7 +36,9 @@ def parse_train_config(
     first.add_argument("--recipe", choices=list(RECIPES), default=recipe)
     default = RECIPES[first.parse_known_args(arguments)[0].recipe]()
     default = dataclasses.replace(default, data=dataclasses.replace(default.data, layout=layout))
-    config = tyro.cli(TrainConfig, args=spell_out(arguments), default=default, description=description)
+    config = tyro.cli(
+        TrainConfig, args=spell_out(arguments), default=default, description=f"{description}\n{OUTPUT_FLAGS}"
+    )
     if layout is not None and config.data.root is None:
         raise ValueError(f"give the folder of the data set (layout {layout}), or shards of it, as --data.root")
     return config
@@ -44,16 +49,21 @@ def spell_out(arguments: list[str]) -> list[str]:
     return [f"--data.{each[2:]}" if each.partition("=")[0] == "--layout" else each for each in arguments]
 
 
-def run_job(main: Callable[[], None]) -> None:
+def run_job(main: Callable[[], None], *, shows_results: bool = False) -> None:
     """Run a job; what a user can mend ends it with one line instead of a stack trace.
 
-    Of its command line, `--quiet` leaves out all but results and errors, and `--json` prints the results as JSON, all
-    else to stderr.
-
     Exit status 2: bad input; 1: training that cannot go on; 128 + signal: stopped, and can go on.
+
+    Args:
+        main: reads the command line.
+        shows_results: `main` calls `show_results`. Then `--quiet` leaves out all but that and errors, and `--json` prints
+            the results as JSON, all else to stderr.
+
     """
-    choice: Output = "json" if "--json" in sys.argv else "quiet" if "--quiet" in sys.argv else "full"
-    sys.argv = [argument for argument in sys.argv if argument not in ("--json", "--quiet")]
+    choice: Output = "full"
+    if shows_results:
+        choice = "json" if "--json" in sys.argv else "quiet" if "--quiet" in sys.argv else "full"
+        sys.argv = [argument for argument in sys.argv if argument not in ("--json", "--quiet")]
     try:
         with output(choice):
             main()

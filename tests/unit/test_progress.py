@@ -24,7 +24,7 @@ def main():
     show_results("a table", {"recall": 0.5})
     FAIL
 
-run_job(main)
+run_job(main, shows_results=True)
 """
 
 
