@@ -12,7 +12,6 @@ from nsl_dist.progress import Output, output
 from nsl_dist.recipes import RECIPES
 from nsl_dist.runs import StoppedError, TrainingError
 
-
 OUTPUT_FLAGS = "--quiet prints results and errors alone; --json prints the results as JSON, all else to stderr."
 
 
@@ -56,7 +55,7 @@ def run_job(main: Callable[[], None], *, shows_results: bool = False) -> None:
 
     Args:
         main: reads the command line.
-        shows_results: `main` calls `show_results`. Then `--quiet` leaves out all but that and errors, and `--json` prints
+        shows_results: `main` calls `show_results`; then `--quiet` leaves out all but that and errors, and `--json` prints
             the results as JSON, all else to stderr.
 
     """
