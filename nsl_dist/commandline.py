@@ -55,7 +55,7 @@ def run_job(main: Callable[[], None], *, shows_results: bool = False) -> None:
 
     Args:
         main: reads the command line.
-        shows_results: `main` calls `show_results`; then `--quiet` leaves out all but that and errors, and `--json` prints
+        shows_results: `main` calls `show_results`. Then `--quiet` leaves out all but those and errors; `--json` prints
             the results as JSON, all else to stderr.
 
     """
