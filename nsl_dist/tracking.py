@@ -124,6 +124,26 @@ class Tracker:
         """Log a text as an artifact, now or when MLflow can be reached again."""
         self._send({"file": name, "content": content})
 
+    def history(self, names: list[str]) -> dict[str, list[tuple[int, float]]]:
+        """Return the steps and values of some metrics of the run, by step; nothing where MLflow is away.
+
+        Args:
+            names: of metrics; those that the run has not are left out.
+
+        """
+        found = {}
+        try:
+            for name in names:
+                metrics = self._client.get_metric_history(self.run_id, name)
+                last = {metric.step: metric.value for metric in sorted(metrics, key=lambda each: each.timestamp)}
+                if last:
+                    found[name] = sorted(last.items())
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            cause = storage.without_password(str(error))
+            print(f"MLflow {self.uri} does not answer with the course of the run: {cause}", flush=True)
+            return {}
+        return found
+
     def finish(self, *, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED, and `wait`."""
         self._send({"status": status})
