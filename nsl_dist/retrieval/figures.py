@@ -78,7 +78,7 @@ def _draw_recall_curves(findings: Findings) -> "Figure | None":
     for name, points in curves.items():
         k, kind = name.removeprefix("recall_at_").split("_")
         steps, shares = zip(*points, strict=True)
-        axes.plot(steps, [100 * share for share in shares], label=f"{kind} @{k}", **LINES[kind])
+        axes.plot(steps, [100 * share for share in shares], label=f"recall@{k}, {kind}", **LINES[kind])
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
@@ -120,9 +120,10 @@ def _draw_map(findings: Findings) -> "Figure | None":
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
-    figure = _figure(HEIGHT + 0.6)
-    first, second = (f"{100 * share:.0f}% of the variance" for share in findings.explained)
+    figure = _figure(HEIGHT + 0.6 + 0.1 * len(findings.class_ids))
+    first, second = (f"{100 * share:.0f}% of variance" for share in findings.explained)
     axes = figure.add_subplot(xlabel=f"first component, {first}", ylabel=f"second component, {second}")
+    axes.set_aspect("equal", "datalim")
     colours = colormaps["tab20" if len(findings.class_ids) > 10 else "tab10"]
     x_N, y_N = findings.map_N2.T
     size = max(3, min(18, 20_000 / len(x_N)))
@@ -145,7 +146,7 @@ def _draw_class_sizes(findings: Findings) -> "Figure":
     # A bar for each size; from where there are too many of them, wider and wider ones.
     bins = np.unique(np.round(np.geomspace(1, most + 1, 40))) if most > 50 else np.arange(1, most + 2)
     for axes, (split, sizes) in zip(panels, findings.sizes.items(), strict=True):
-        axes.hist(sizes, bins - 0.5, color=BLUE)
+        axes.hist(sizes, bins - 0.5, color=BLUE, rwidth=0.9)
         axes.set(ylabel="classes", title=f"{split}: {len(sizes):,} classes")
         if most > 50:
             axes.set_xscale("log")

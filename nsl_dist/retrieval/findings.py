@@ -110,7 +110,7 @@ def gather(
     rng = np.random.default_rng(SEED)
     sets = load_index(results["embeddings"])
     queries, gallery = (sets[split] for split in manifest.evaluation_splits)
-    splits = {split: manifest.split(split) for split in manifest.splits}
+    splits = {split: manifest.split(split) for split in dict.fromkeys(["train", *manifest.evaluation_splits])}
     query_split, gallery_split = (splits[split] for split in manifest.evaluation_splits)
     judge = judge_of(queries, gallery)
     gallery_labels = judge.classes.gallery
