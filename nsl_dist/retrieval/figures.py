@@ -150,5 +150,7 @@ def _draw_class_sizes(findings: Findings) -> "Figure":
         axes.set(ylabel="classes", title=f"{split}: {len(sizes):,} classes")
         if most > 50:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter("")
     panels[-1].set(xlabel="images of a class")
     return figure

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, config_from_dict
 from nsl_dist.data.shards import load_manifest
 from nsl_dist.retrieval.embed import embed
+from nsl_dist.retrieval.embeddings import load_index
 from nsl_dist.retrieval.evaluation import find_checkpoint, run
 from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import MODEL_FILE
@@ -46,6 +49,7 @@ def results_of_evaluation(storage: Path) -> dict[str, Any]:
     """Return those of the only one there, and delete it."""
     (results,) = (storage / "evaluations").glob("*/results.json")
     content = json.loads(results.read_text())
+    assert "<h2" in results.with_name("report.html").read_text()
     shutil.rmtree(storage / "evaluations")
     return content
 
@@ -84,7 +88,80 @@ def test_prepare_train_evaluate(root: Path, storage: Path, tmp_path: Path, monke
     logged = client.get_run(run_id)
     assert logged.data.metrics["map_at_r_binary"] == results["map_at_r"]["binary"]
     assert logged.info.status == "FINISHED"
-    assert [file.path for file in client.list_artifacts(run_id)] == ["evaluations", "results.json"]
+    files = [file.path for file in client.list_artifacts(run_id)]
+    assert files == ["evaluations", "figures", "report.html", "results.json"]
+    assert [Path(file.path).suffix for file in client.list_artifacts(run_id, "evaluations")] == ["", ".json"]
+    assert [figure.stem for figure in sorted((run_dir / "figures").iterdir())] == [
+        "class_sizes", "loss", "map", "recall", "similarities"
+    ]  # fmt: skip
+
+
+def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) -> None:
+    run_dir = Path(config.checkpoint).parent
+    vectors = load_index(json.loads((run_dir / "results.json").read_text())["embeddings"])["test"]
+    similarities = vectors.read_all("vector", range(11)).astype(np.float64)
+    similarities = similarities @ similarities.T
+    np.fill_diagonal(similarities, -2)
+    labels = vectors.read_all("label", range(11))
+    order = np.argsort(-similarities, axis=1)
+    matches = labels[order[:, :10]] == labels[:, None]
+    ranks = [int(found.argmax()) + 1 for found in matches if found.any()]
+    report = (run_dir / "report.html").read_text()
+    found = [int(place) for place in re.findall(r"first match in place (\d+)", report)]
+    assert found == sorted((rank for rank in ranks if rank > 1), reverse=True)
+    # Image ids are those of the data set, in the order of its classes and so of the embeddings.
+    names = re.findall(r'alt="(query|same class|other class): image (\d+) of class', report)
+    assert len(names) == 9 * (len(found) + min(6, ranks.count(1)))
+    first_id = min(int(image_id) for _, image_id in names)
+    for start in range(0, len(names), 9):
+        (_, query), *neighbours = [(kind, int(image_id) - first_id) for kind, image_id in names[start : start + 9]]
+        assert [place for _, place in neighbours] == order[query, :8].tolist()
+        assert [kind == "same class" for kind, _ in neighbours] == matches[query, :8].tolist()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium without a window."""
+    driver = Path("/usr/bin/chromedriver")
+    if not driver.exists():
+        pytest.skip(f"no browser to look at the report with: {driver} is not there")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for flag in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    opened = webdriver.Chrome(options, webdriver.ChromeService(str(driver)))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_fits_desks_and_phones_by_day_and_by_night(
+    width: int, scheme: str, browser: Any, config: EvaluateConfig
+) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme_of_page = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme_of_page)
+    browser.get((Path(config.checkpoint).parent / "report.html").as_uri())
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return document.images.length") > 9
+    assert browser.execute_script("return [...document.images].every(image => image.naturalWidth > 0)")
+    page, text, axes = browser.execute_script(
+        "const style = selector => getComputedStyle(document.querySelector(selector));"
+        "return [style('body').backgroundColor, style('body').color, style('.chart text').fill]"
+    )
+    assert text == axes  # figures follow
+    lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (page, text)]
+    assert (lightness[0] > lightness[1]) == (scheme == "light")
+    assert abs(lightness[0] - lightness[1]) > 500
+    assert not browser.get_log("browser")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def findings(*, num_images: int = 300, num_classes: int = 30, edge: int = 24, cl
         successes=[row(number, 0) for number in range(12, 18)],
         same_S=rng.normal(0.6, 0.1, 8192).astype(np.float32),
         other_S=rng.normal(0.1, 0.1, 8192).astype(np.float32),
-        sizes={"train": rng.integers(2, 13, 900), "test": rng.integers(1, 13, num_classes)},
+        sizes={"train": rng.zipf(1.6, 900).clip(1, 3000), "test": rng.integers(1, 13, num_classes)},
         map_N2=map_N2,
         labels_N=rng.integers(0, num_classes, num_images),
         explained=explained,
@@ -185,6 +185,7 @@ def test_figures_are_documents_in_the_colours_of_their_page() -> None:
         assert root.find("{http://www.w3.org/2000/svg}title") is not None, name
         assert "currentColor" in svg
         assert not re.search(r"(fill|stroke): *(#0|black)", svg), name
+        assert "$" not in "".join(root.itertext()), name  # formulas would stand there as they are
 
 
 def test_what_there_is_nothing_of_is_left_out() -> None:
