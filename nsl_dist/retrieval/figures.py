@@ -103,6 +103,7 @@ def _draw_similarities(findings: Findings) -> "Figure | None":
         return None
     figure = _figure()
     axes = figure.add_subplot(xlabel="cosine similarity", ylabel="density")
+    axes.locator_params(axis="x", nbins=6)
     bins = np.histogram_bin_edges(np.concatenate([findings.same_S, findings.other_S]), 50).tolist()
     for values, label, colour, line in (
         (findings.same_S, "same class", GREEN, "-"),
