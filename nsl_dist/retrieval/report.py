@@ -38,7 +38,8 @@ def write_report(
         for path, content in files.items():
             storage.write_bytes(storage.join(folder, path), content.encode())
     except (OSError, DamagedShardError, RayActorError) as error:
-        print(f"no report: {str(error).strip().splitlines()[-1]}; the results stand", flush=True)
+        cause = (str(error).strip() or repr(error)).splitlines()[-1]  # of a task: below its stack
+        print(f"no report: {cause}; the results stand", flush=True)
         return {}
     return files
 
