@@ -96,9 +96,8 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
     import ray
 
     from nsl_dist import cluster
-    from nsl_dist.retrieval.evaluation import judge_of
     from nsl_dist.retrieval.metrics import join
-    from nsl_dist.retrieval.search import open_gallery, search
+    from nsl_dist.retrieval.search import judge_of, open_gallery, search
 
     cluster.connect(num_cpus=1)
     warm = ray.remote(lambda: os.getpid())
@@ -119,8 +118,8 @@ def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
     """Return the seconds of one index in one process."""
     import faiss
 
-    from nsl_dist.retrieval.evaluation import judge_of
     from nsl_dist.retrieval.neighbours import without
+    from nsl_dist.retrieval.search import judge_of
 
     started = time.perf_counter()
     judge = judge_of(vectors, vectors)

@@ -16,9 +16,9 @@ from nsl_dist.data.shards import Manifest, open_data
 from nsl_dist.progress import duration, show_results
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.embed import embed, embeddings_key
-from nsl_dist.retrieval.embeddings import EmbeddingSet
-from nsl_dist.retrieval.metrics import Classes, Judge, Ranks, bootstrap_intervals, join, recall_at_k
-from nsl_dist.retrieval.search import Gallery, Kind, check_index, open_gallery, search
+from nsl_dist.retrieval.metrics import Ranks, bootstrap_intervals, join, recall_at_k
+from nsl_dist.retrieval.report import REPORT_FILE, write_report
+from nsl_dist.retrieval.search import Gallery, Kind, check_index, judge_of, open_gallery, sample_blocks, search
 from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE, RESULTS_FILE, RUN_FILE, newest_checkpoint
 
 # What each data set is reported with (paper, section 4.1).
@@ -30,7 +30,6 @@ RECALL_AT: dict[Layout, tuple[int, ...]] = {
     "folders": (1, 10, 100),
 }
 KINDS: tuple[Kind, ...] = ("float", "binary")
-SAMPLED_BLOCKS, SAMPLED_AT_ONCE = 16, 64  # queries that compare an approximate index with exact search
 
 
 def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int) -> dict[str, Any]:
@@ -44,7 +43,8 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
 
     Returns:
         `recall` by kind and K, `r_precision`, `map_at_r` and `nmi` by kind (all shares), `bytes_per_vector` by kind,
-        counts, `seconds` by phase; `intervals` and `index` where the configuration asks for them.
+        counts, where the `embeddings` are, `seconds` by phase; `intervals` and `index` where the configuration asks for
+        them.
 
     Raises:
         ValueError: the model's embeddings have no direction, or the approximate index cannot be built.
@@ -54,7 +54,8 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
     content = storage.read_bytes(weights) if weights is not None else None
     key = embeddings_key(content, config, manifest, num_gpus=num_gpus)
     started = time.monotonic()
-    sets = embed(content, config, manifest, out=storage.join(config.storage, "embeddings", key), num_gpus=num_gpus)
+    location = storage.join(config.storage, "embeddings", key)
+    sets = embed(content, config, manifest, out=location, num_gpus=num_gpus)
     seconds = {"embed": time.monotonic() - started}
 
     queries, gallery = (sets[name] for name in manifest.evaluation_splits)
@@ -76,7 +77,7 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
     def sampled(opened: Gallery) -> NDArray[np.int64]:
         return np.concatenate(list(search(queries, opened, "float", _neighbours, k=k, blocks=blocks)))
 
-    blocks = _sample(queries.num_vectors)
+    blocks = sample_blocks(queries.num_vectors)  # compare an approximate index with exact search
     if config.eval.index is not None:  # first, since it may turn out that it cannot be built
         started = time.monotonic()
         with open_gallery(gallery, ("float",), config.eval, k=k, num_gpus=0, exact=False) as opened:
@@ -114,27 +115,13 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
         "num_gallery": gallery.num_vectors,
         "num_classes": len(np.unique(judge.classes.queries)),
         "num_queries_without_match": int((judge.num_relevant == 0).sum()),
+        "embeddings": location,
         "seconds": seconds,
     }
 
 
-def judge_of(queries: EmbeddingSet, gallery: EmbeddingSet) -> Judge:
-    """Read the labels of what is searched; where queries and gallery are the same, every one queries the rest."""
-    own = queries == gallery
-    gallery_labels = gallery.read_all("label", range(gallery.num_vectors))
-    query_labels = gallery_labels if own else queries.read_all("label", range(queries.num_vectors))
-    num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
-    return Judge(Classes(query_labels, gallery_labels), num_of_class[query_labels] - (1 if own else 0))
-
-
 def _neighbours(_: range, neighbour_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return neighbour_ids
-
-
-def _sample(num_queries: int) -> list[range]:
-    """Return some blocks of queries, evenly spread."""
-    starts = range(0, num_queries, max(SAMPLED_AT_ONCE, -(-num_queries // SAMPLED_BLOCKS)))
-    return [range(start, min(start + SAMPLED_AT_ONCE, num_queries)) for start in starts]
 
 
 def _overlap(
@@ -164,6 +151,11 @@ def metrics_by_name(results: dict[str, Any]) -> dict[str, float]:
     for metric in ("r_precision", "map_at_r", "nmi"):
         named |= {f"{metric}_{kind}": share for kind, share in results.get(metric, {}).items()}
     return named
+
+
+def curves(results: dict[str, Any]) -> list[str]:
+    """Return the metrics that a report shows the course of, by MLflow's names: the loss, and recall at the lowest K."""
+    return ["loss", *(f"recall_at_{min(by_k, key=int)}_{kind}" for kind, by_k in results["recall"].items())]
 
 
 def recall_line(results: dict[str, Any]) -> str:
@@ -318,14 +310,28 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
     }
     content = json.dumps(results, indent=1)
-    location = storage.join(config.storage, "evaluations", name, RESULTS_FILE)
-    storage.write_bytes(location, content.encode())
+    folder = storage.join(config.storage, "evaluations", name)
+    storage.write_bytes(storage.join(folder, RESULTS_FILE), content.encode())
+    files = write_report(
+        folder,
+        results,
+        name=f"{settings.run_name}, after {trained['step']:,} iterations",
+        config=settings,
+        manifest=manifest,
+        history=tracker.history(curves(results), run_id=str(config.run_id)) if tracker is not None else {},
+    )
     if tracker is not None:
         tracker.log(metrics_by_name(results), step=trained["step"])
-        tracker.log_file(RESULTS_FILE, content)
+        for path, text in {RESULTS_FILE: content, **files}.items():
+            tracker.log_file(path, text)
         tracker.finish(status="FINISHED")
-    seconds = duration(time.monotonic() - started)
-    show_results(f"\n{table({'': results})}\n{seconds} in all\nresults: {location}", results)
+    shown = [
+        f"\n{table({'': results})}",
+        f"{duration(time.monotonic() - started)} in all",
+        *([f"report:  {folder}/{REPORT_FILE}"] if files else []),
+        f"results: {folder}/{RESULTS_FILE}",
+    ]
+    show_results("\n".join(shown), results)
     return results
 
 

@@ -31,7 +31,7 @@ from nsl_dist.config import EvalConfig
 from nsl_dist.mapped import map_file
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.embeddings import EmbeddingSet
-from nsl_dist.retrieval.metrics import Classes
+from nsl_dist.retrieval.metrics import Classes, Judge
 from nsl_dist.retrieval.neighbours import MOST_IDS, Nearest, distances_of, ids_of, merge, to_keys, without
 
 Kind = Literal["float", "binary"]
@@ -46,6 +46,7 @@ QUERIES_AT_ONCE = 512  # of a thread: matrix products of fewer rows are slower
 BINARY_QUERIES_AT_ONCE = 64
 CODE_BYTES_AT_ONCE = 2**20  # of the gallery: they stay in the cache while all of these queries pass
 WIDE_AT_ONCE = 16384  # vectors as float64, or with their distances to all centroids
+SAMPLED_BLOCKS, SAMPLED_AT_ONCE = 16, 64  # of queries, where some stand for all
 
 
 class GalleryShard:
@@ -478,6 +479,21 @@ def search(
     for done, summary in waiting:
         yield ray.get(summary)
         progress.advance(len(done))
+
+
+def judge_of(queries: EmbeddingSet, gallery: EmbeddingSet) -> Judge:
+    """Read the labels of what is searched; where queries and gallery are the same, every one queries the rest."""
+    own = queries == gallery
+    gallery_labels = gallery.read_all("label", range(gallery.num_vectors))
+    query_labels = gallery_labels if own else queries.read_all("label", range(queries.num_vectors))
+    num_of_class = np.bincount(gallery_labels, minlength=int(query_labels.max()) + 1)
+    return Judge(Classes(query_labels, gallery_labels), num_of_class[query_labels] - (1 if own else 0))
+
+
+def sample_blocks(num_queries: int) -> list[range]:
+    """Return some blocks of queries, evenly spread."""
+    starts = range(0, num_queries, max(SAMPLED_AT_ONCE, -(-num_queries // SAMPLED_BLOCKS)))
+    return [range(start, min(start + SAMPLED_AT_ONCE, num_queries)) for start in starts]
 
 
 def _search_block(

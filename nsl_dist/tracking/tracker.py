@@ -202,6 +202,27 @@ class Tracker:
         number = register(checkpoint, name=name, run_id=self.run_id, step=step, tracking_uri=self._tracking_uri)
         return f"models:/{name}/{number}"
 
+    def history(self, names: list[str], *, run_id: str) -> dict[str, list[tuple[int, float]]]:
+        """Return the steps and values of some metrics of a run, by step; nothing where MLflow is away.
+
+        Args:
+            names: of metrics; those that the run has not are left out.
+            run_id: MLflow's.
+
+        """
+        found = {}
+        try:
+            for name in names:
+                metrics = self._client.get_metric_history(run_id, name)
+                last = {metric.step: metric.value for metric in sorted(metrics, key=lambda each: each.timestamp)}
+                if last:
+                    found[name] = sorted(last.items())
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            cause = storage.without_password(str(error))
+            print(f"MLflow {self.uri} does not answer with the course of the run: {cause}", flush=True)
+            return {}
+        return found
+
     def finish(self, *, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED, and `wait`."""
         self._send({"status": status})

@@ -30,6 +30,7 @@ from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import Phases, duration, show_results
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.retrieval.evaluation import (
+    curves,
     evaluate,
     evaluate_checkpoint,
     find_checkpoint,
@@ -38,6 +39,7 @@ from nsl_dist.retrieval.evaluation import (
     recall_line,
     table,
 )
+from nsl_dist.retrieval.report import REPORT_FILE, write_report
 from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import (
     BEST,
@@ -154,6 +156,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "left_out_shards": left_out_shards(run_dir),
             "config": dataclasses.asdict(config),
         }
+        report = write_report(
+            run_dir,
+            results,
+            name=str(config.run_name),
+            config=config,
+            manifest=manifest,
+            history=tracked.history(curves(results), run_id=tracked.run_id),
+        )
+        for path, text in report.items():
+            tracked.log_file(path, text)
         content = json.dumps(results, indent=1)
         tracked.log_file(RESULTS_FILE, content)
         if config.tracking.register is not None:
@@ -168,7 +180,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
             raise RuntimeError(f"run {config.run_name} failed") from error
         raise
-    _show_results(results, run_dir, tracked.uri)
+    _show_results(results, run_dir, tracked.uri, has_report=bool(report))
     return results
 
 
@@ -551,13 +563,14 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
     return received[0] if received else None
 
 
-def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str) -> None:
+def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str, *, has_report: bool) -> None:
     trained = results | {"seconds": results["evaluation_seconds"]}
     untrained = {"untrained": results["untrained"]} if "untrained" in results else {}
     seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results["seconds"].items())
     lines = [
         "\n" + table({"trained": trained} | untrained if untrained else {"": trained}),
         f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s",
+        *([f"report:  {run_dir}/{REPORT_FILE}"] if has_report else []),
         f"results: {run_dir}/{RESULTS_FILE}",
         f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}",
     ]

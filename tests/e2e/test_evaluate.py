@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from selenium import webdriver
 
 from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, config_from_dict
 from nsl_dist.data.shards import load_manifest
 from nsl_dist.retrieval.embed import embed
+from nsl_dist.retrieval.embeddings import load_index
 from nsl_dist.retrieval.evaluation import find_checkpoint, run
 from nsl_dist.retrieval.search import check_index
 from nsl_dist.runs import MODEL_FILE
 from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
+from tests.e2e.browser import opened_browser, prefer, resize
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SMALL = [
@@ -46,6 +51,7 @@ def results_of_evaluation(storage: Path) -> dict[str, Any]:
     """Return those of the only one there, and delete it."""
     (results,) = (storage / "evaluations").glob("*/results.json")
     content = json.loads(results.read_text())
+    assert "<h2" in results.with_name("report.html").read_text()
     shutil.rmtree(storage / "evaluations")
     return content
 
@@ -88,7 +94,62 @@ def test_prepare_train_evaluate(root: Path, storage: Path, tmp_path: Path, monke
     assert child.inputs.dataset_inputs[0].dataset.digest == results["data"]["digest"][:36]
     assert [each.info.status for each in (child, client.get_run(run_id))] == ["FINISHED"] * 2
     for each in (child.info.run_id, run_id):
-        assert [file.path for file in client.list_artifacts(each)] == ["results.json"]
+        assert [file.path for file in client.list_artifacts(each)] == ["figures", "report.html", "results.json"]
+    assert [figure.stem for figure in sorted((run_dir / "figures").iterdir())] == [
+        "class_sizes", "loss", "map", "recall", "similarities"
+    ]  # fmt: skip
+
+
+def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) -> None:
+    run_dir = Path(config.checkpoint).parent
+    vectors = load_index(json.loads((run_dir / "results.json").read_text())["embeddings"])["test"]
+    similarities = vectors.read_all("vector", range(11)).astype(np.float64)
+    similarities = similarities @ similarities.T
+    np.fill_diagonal(similarities, -2)
+    labels = vectors.read_all("label", range(11))
+    order = np.argsort(-similarities, axis=1)
+    matches = labels[order[:, :10]] == labels[:, None]
+    ranks = [int(found.argmax()) + 1 for found in matches if found.any()]
+    report = (run_dir / "report.html").read_text()
+    found = [int(place) for place in re.findall(r"first match in place (\d+)", report)]
+    assert found == sorted((rank for rank in ranks if rank > 1), reverse=True)
+    # Image ids are those of the data set, in the order of its classes and so of the embeddings.
+    names = re.findall(r'alt="(query|same class|other class): image (\d+) of class', report)
+    assert len(names) == 9 * (len(found) + min(6, ranks.count(1)))
+    first_id = min(int(image_id) for _, image_id in names)
+    for start in range(0, len(names), 9):
+        (_, query), *neighbours = [(kind, int(image_id) - first_id) for kind, image_id in names[start : start + 9]]
+        assert [place for _, place in neighbours] == order[query, :8].tolist()
+        assert [kind == "same class" for kind, _ in neighbours] == matches[query, :8].tolist()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_fits_desks_and_phones_by_day_and_by_night(
+    width: int, scheme: str, browser: webdriver.Chrome, config: EvaluateConfig
+) -> None:
+    resize(browser, width)
+    prefer(browser, scheme)
+    browser.get((Path(config.checkpoint).parent / "report.html").as_uri())
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return document.images.length") > 9
+    assert browser.execute_script("return [...document.images].every(image => image.naturalWidth > 0)")
+    page, text, axes = browser.execute_script(
+        "const style = selector => getComputedStyle(document.querySelector(selector));"
+        "return [style('body').backgroundColor, style('body').color, style('.chart text').fill]"
+    )
+    assert text == axes  # figures follow
+    lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (page, text)]
+    assert (lightness[0] > lightness[1]) == (scheme == "light")
+    assert abs(lightness[0] - lightness[1]) > 500
+    assert not browser.get_log("browser")
 
 
 @pytest.mark.parametrize(

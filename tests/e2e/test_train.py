@@ -89,6 +89,7 @@ def test_output_says_what_it_does_and_found(finished: tuple[Path, str]) -> None:
     assert "\r" not in output
     lines = output.splitlines()
     results = lines.index(f"results: {storage}/runs/first/results.json")
+    assert lines[results - 1] == f"report:  {storage}/runs/first/report.html"
     assert lines[results + 1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
 
 
@@ -112,7 +113,8 @@ def test_mlflow_run(finished: tuple[Path, str]) -> None:
     assert 0 <= run.data.metrics["accuracy"] <= 1
     recalls = client.get_metric_history(run.info.run_id, "recall_at_1_float")
     assert [metric.step for metric in sorted(recalls, key=lambda m: m.step)] == [0, 7, 14]
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["results.json"]
+    files = [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert files == ["figures", "report.html", "results.json"]
 
 
 def test_mlflow_shows_the_run(finished: tuple[Path, str], tmp_path: Path) -> None:
