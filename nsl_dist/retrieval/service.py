@@ -100,10 +100,13 @@ def _make_app() -> FastAPI:
 
 
 async def _read_upload(request: Request) -> bytes:
-    """Return the image of a request, its body or the first file of a form, refused as soon as it is too large."""
+    """Return the image of a request, its body or the first file of a form, refused as soon as it is too large.
+
+    What is still on the way then is thrown away by the HTTP server.
+    """
     is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
     most = MOST_BYTES + (MULTIPART_BYTES if is_form else 0)
-    too_large = HTTPException(413, f"an image of more than {MOST_BYTES // 2**20} MiB", headers={"connection": "close"})
+    too_large = HTTPException(413, f"an image of more than {MOST_BYTES // 2**20} MiB")
     if int(request.headers.get("content-length", 0)) > most:
         raise too_large
     body = bytearray()
@@ -269,9 +272,7 @@ def run(config: SearchConfig) -> NoReturn:
         try:
             threading.Event().wait()
         finally:
-            serve.delete(
-                "search"
-            )  # which lets it answer what it was asked, and leaves a cluster's other services alone
+            serve.delete("search")  # it answers what it was asked; other services of a cluster go on
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # until all is ended
         raise StoppedError(stop.args[0] if stop.args else signal.SIGINT, f"{url} is closed") from None
