@@ -164,7 +164,8 @@ class SearchService:
         self._html = _page()[0]
         # torch and faiss keep their number of threads by the thread that calls them.
         self._computing = ThreadPoolExecutor(1, initializer=use_cpu_threads, initargs=(config.replicas,))
-        self._decoding = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // config.replicas))
+        num_threads = max(1, (os.cpu_count() or 1) // config.replicas)
+        self._decoding = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
         blank = torch.zeros((3, *[self._searcher.image_size] * 2), dtype=torch.uint8)
         warm_up = [Query(blank, kind, 1) for kind in config.kinds]
         self._computing.submit(self._searcher.search, warm_up).result()  # or the first to ask would wait for it
@@ -278,7 +279,12 @@ def run(config: SearchConfig) -> NoReturn:
             proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}, logging_config=quiet
         )
         deployment = serve.deployment(
-            SearchService, name="search", num_replicas=config.replicas, max_ongoing_requests=MOST_AT_ONCE
+            SearchService,
+            name="search",
+            num_replicas=config.replicas,
+            max_ongoing_requests=MOST_AT_ONCE,
+            # Threads of torch and of faiss that have nothing to do would take the cores from those that have.
+            ray_actor_options={"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}},
         )
         serve.run(deployment.bind(gallery, config), name="search", route_prefix="/", logging_config=quiet)
         print(f"   serving  {url} (page), POST {url}/search?kind=float&k=10 (API); Ctrl-C ends it", flush=True)

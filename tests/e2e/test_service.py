@@ -391,7 +391,9 @@ def test_page(service: Service, browser: Any, tmp_path: Path) -> None:
         return browser.find_element(By.CSS_SELECTOR, selector).text
 
     def scores() -> list[str]:
-        return [each.text for each in browser.find_elements(By.CSS_SELECTOR, "#grid .score")]
+        # In one go, or the page may replace them meanwhile.
+        script = "return [...document.querySelectorAll('#grid .score')].map(each => each.textContent)"
+        return browser.execute_script(script)
 
     def focused() -> Any:
         return browser.switch_to.active_element
