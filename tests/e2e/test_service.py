@@ -439,7 +439,7 @@ def test_page(service: Service, browser: Any, tmp_path: Path) -> None:
     shows(lambda: text("#message").startswith("This is no image that can be read"))
     (tmp_path / "huge.jpg").write_bytes(b"\0" * (11 * 2**20))
     upload.send_keys(str(tmp_path / "huge.jpg"))
-    shows(lambda: text("#message") == "huge.jpg has 11.0 MiB; 10 MiB is the most.")
+    shows(lambda: text("#message") == "The file huge.jpg has 11.0 MiB; 10 MiB is the most.")
     assert len(scores()) == 24
     upload.send_keys(str(query))
     shows(lambda: text("#message") == "")
