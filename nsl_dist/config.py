@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+MOST_NEIGHBOURS = 1000  # of one query to jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 
 
@@ -290,6 +291,54 @@ class EvaluateConfig:
     """Minutes to wait at the start for a cluster to have room: its autoscaler is asked for the nodes."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search: checkpoint, gallery, index, where it is served."""
+
+    checkpoint: str
+    """Folder or URI of a checkpoint, or of a run: then its newest checkpoint."""
+    gallery: str
+    """Folder or URI of what is searched: shards; a data set of a known layout; or any folder of images, all of them,
+    in class folders or not. All but shards are sharded once into --storage, cached by digest."""
+    layout: Layout | None = None
+    """Layout of the data set. None: recognised by its files, else all images of the folder."""
+    split: str | None = None
+    """Split that is searched. None: that which an evaluation searches, test or gallery."""
+    query: tuple[str, ...] = ()
+    """Image files to search for: their neighbours are printed, and nothing is served."""
+    k: int = 10
+    """Neighbours of each of --query."""
+    kind: Literal["float", "binary", "both"] = "both"
+    """Embeddings that can be searched: float by cosine similarity, binary codes by Hamming distance."""
+    index: str = "Flat"
+    """faiss factory string of the index of float embeddings: IVF1024,Flat, HNSW32 or OPQ16,IVF256,PQ16. Flat: exact."""
+    index_parameters: str | None = None
+    """Search parameters of --index as faiss names them: nprobe=16 or efSearch=128."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than this machine's loopback lets others search."""
+    port: int = 8000
+    """Port to listen on."""
+    replicas: int = 1
+    """Processes that answer, each with the model and the whole index."""
+    storage: str = "~/nsl_dist"
+    """Folder or URI where shards and embeddings go; on a cluster, one that all nodes can reach."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to embed the gallery; queries are embedded on CPUs. auto: cuda if the cluster has GPUs."""
+    max_undecodable: float = 0.01
+    """Share of the images that may fail to decode when a folder is sharded; they are listed and left out."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.k <= MOST_NEIGHBOURS, f"--k {self.k} must be in 1 to {MOST_NEIGHBOURS}")
+        _require(1 <= self.port <= 65535, f"--port {self.port} must be in 1 to 65535")
+        _require(self.replicas >= 1, f"--replicas {self.replicas} must be at least 1")
+        _require(0 <= self.max_undecodable <= 1, f"--max-undecodable {self.max_undecodable} must be in [0, 1]")
+
+    @property
+    def kinds(self) -> tuple[Literal["float", "binary"], ...]:
+        """Kinds of embeddings that can be searched."""
+        return ("float", "binary") if self.kind == "both" else (self.kind,)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,20 @@ class Embedder:
         return np.concatenate([np.empty((0, self.dim), dtype=np.float32), *parts])
 
     def _embed(self, images: Sequence[str | Path | bytes]) -> NDArray[np.float32]:
-        pixels_BCHW = torch.stack([eval_transform(_decode(image), self._data) for image in images])
+        return self.embed(torch.stack([self.pixels(image) for image in images]))
+
+    def pixels(self, image: str | Path | bytes) -> torch.Tensor:
+        """Decode an image to what the model sees of it: uint8 `[3, image_size, image_size]`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it cannot be decoded.
+
+        """
+        return eval_transform(_decode(image), self._data)
+
+    def embed(self, pixels_BCHW: torch.Tensor) -> NDArray[np.float32]:
+        """Embed what `pixels` returned, stacked: unit vectors `[B, dim]`."""
         with torch.inference_mode():
             embeddings_BD: NDArray[np.float32] = self.model(normalise(pixels_BCHW.to(self._device))).cpu().numpy()
         return embeddings_BD
@@ -76,6 +89,20 @@ def load_embedder(location: str, *, device: str | torch.device = "cpu") -> Embed
         ValueError: it was damaged or written by another release.
 
     """
+    config, data = read_description(location)
+    model = build_model(config, seed=0, pretrained=False)
+    load_weights(model, storage.read_bytes(storage.join(location, MODEL_FILE)), location=location)
+    return Embedder(model, data, config.dim, torch.device(device))
+
+
+def read_description(location: str) -> tuple[ModelConfig, DataConfig]:
+    """Return what rebuilds the model of a checkpoint, and the size of the images that it sees.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it was damaged or written by another release.
+
+    """
     where = storage.join(location, DESCRIPTION_FILE)
     if not storage.exists(where):
         raise FileNotFoundError(f"{where} is missing: give a checkpoint, or the `{BEST}` of a run that was evaluated")
@@ -87,9 +114,7 @@ def load_embedder(location: str, *, device: str | torch.device = "cpu") -> Embed
         data = DataConfig(image_size=description["image_size"], crop_ratio=description["crop_ratio"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where} is damaged, or of another release: {error}") from error
-    model = build_model(config, seed=0, pretrained=False)
-    load_weights(model, storage.read_bytes(storage.join(location, MODEL_FILE)), location=location)
-    return Embedder(model, data, config.dim, torch.device(device))
+    return config, data
 
 
 def describe(config: TrainConfig) -> bytes:

@@ -70,6 +70,25 @@ def recognise(root: str) -> Layout:
             f"no such folder: {root}; give the unpacked data set, or shards written by jobs/prepare_shards.py, as "
             "--data.root, or --root"
         )
+    if (layout := official_layout(root)) is not None:
+        return layout
+    filesystem, path = storage.resolve(root)
+    if any(info.type == fs.FileType.Directory for info in filesystem.get_file_info(fs.FileSelector(path))):
+        return "folders"
+    raise ValueError(
+        f"{root} holds neither shards (manifest.json) nor a known layout: Stanford Online Products "
+        f"({', '.join(SOP_SPLITS.values())}), In-Shop ({INSHOP_LIST}), CUB-200-2011 ({', '.join(CUB_FILES)}), CARS196 "
+        f"({CARS_FILE}), or a folder of images for each class; set --data.root, or --root, to one of them"
+    )
+
+
+def official_layout(root: str) -> Layout | None:
+    """Return the layout of a folder that holds the files of a published data set, None of any other folder.
+
+    Raises:
+        ValueError: it holds those of more than one.
+
+    """
     markers: dict[Layout, tuple[str, ...]] = {
         "sop": tuple(SOP_SPLITS.values()),
         "inshop": (INSHOP_LIST,),
@@ -81,16 +100,7 @@ def recognise(root: str) -> Layout:
     ]
     if len(found) > 1:
         raise ValueError(f"{root} holds files of more than one layout: {', '.join(found)}; say which with --layout")
-    if found:
-        return found[0]
-    filesystem, path = storage.resolve(root)
-    if any(info.type == fs.FileType.Directory for info in filesystem.get_file_info(fs.FileSelector(path))):
-        return "folders"
-    raise ValueError(
-        f"{root} holds neither shards (manifest.json) nor a known layout: Stanford Online Products "
-        f"({', '.join(SOP_SPLITS.values())}), In-Shop ({INSHOP_LIST}), CUB-200-2011 ({', '.join(CUB_FILES)}), CARS196 "
-        f"({CARS_FILE}), or a folder of images for each class; set --data.root, or --root, to one of them"
-    )
+    return found[0] if found else None
 
 
 def read_records(root: str, *, layout: Layout) -> pa.Table:
@@ -119,6 +129,44 @@ def read_records(root: str, *, layout: Layout) -> pa.Table:
             f"{missing[0].where}: image {missing[0].path} does not exist below {root} ({len(missing)} of {len(rows)} "
             "images are missing); unpack the whole archive, or take the rows out of the list"
         )
+    return _table(rows, sizes)
+
+
+def read_catalogue(root: str) -> pa.Table:
+    """Read the records of a folder of images that are only to be found, not trained on: all in one split.
+
+    The class of an image is the folder below the root that it lies in; one that lies in the root itself is a class of
+    its own, named by its file.
+
+    Args:
+        root: local folder or URI.
+
+    Returns:
+        Records of the split "test", with `RECORDS_SCHEMA`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no images below it.
+
+    """
+    if not storage.exists(root):
+        raise FileNotFoundError(f"no such folder: {root}; give a folder of images, or shards")
+    sizes = _file_sizes(root)
+    paths = sorted(path for path in sizes if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(
+            f"{root}: no images in it or below, files ending in {', '.join(sorted(IMAGE_SUFFIXES))}; give a folder of "
+            "images, or shards"
+        )
+    names = [PurePosixPath(path).parts[0] for path in paths]
+    rows = [
+        _Row("test", name, name, number, path, storage.join(root, path))
+        for number, (name, path) in enumerate(zip(names, paths, strict=True), start=1)
+    ]
+    return _table(rows, sizes)
+
+
+def _table(rows: list[_Row], sizes: dict[str, int]) -> pa.Table:
     rows.sort(key=lambda row: (row.split, row.class_order, row.image_id))
     columns: list[list[Any]] = [
         [row.split for row in rows],

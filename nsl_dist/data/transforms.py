@@ -9,11 +9,12 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from nsl_dist.config import DataConfig
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow, that strangers may send
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -37,6 +38,25 @@ def decode(encoded: bytes) -> Tensor:
         except OSError as error:
             raise ValueError(str(error)) from error
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def size_of(encoded: bytes) -> tuple[int, int]:
+    """Return height and width of an image by what its header says; nothing is decoded.
+
+    Raises:
+        ValueError: the bytes are no image of one of `FORMATS`.
+
+    """
+    if simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] != "CMYK":
+        height, width = simplejpeg.decode_jpeg_header(encoded)[:2]
+        return height, width
+    try:
+        width, height = Image.open(io.BytesIO(encoded), formats=FORMATS).size
+    except UnidentifiedImageError:
+        raise ValueError(f"it begins like none of {', '.join(FORMATS)}") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+    return height, width
 
 
 def resize(image_CHW: Tensor, edge: int) -> Tensor:

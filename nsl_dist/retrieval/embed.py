@@ -44,13 +44,19 @@ def embeddings_key(weights: bytes | None, config: TrainConfig, manifest: Manifes
 
 
 def embed(
-    weights: bytes | None, config: TrainConfig, manifest: Manifest, *, out: str, num_gpus: int
+    weights: bytes | None,
+    config: TrainConfig,
+    manifest: Manifest,
+    *,
+    out: str,
+    num_gpus: int,
+    splits: tuple[str, ...] | None = None,
 ) -> dict[str, EmbeddingSet]:
-    """Embed every image of the evaluation's splits exactly once.
+    """Embed every image of some splits exactly once.
 
     Each shard of images gives one file of embeddings. Files that are there already are kept: `out` must be of this
-    model and this data set alone (see `embeddings_key`). An id is an image's place in its split, in order of label;
-    labels are those of the searched split, for classes that it lacks numbers beyond.
+    model, this data set (see `embeddings_key`) and these splits alone. An id is an image's place in its split, in order
+    of label; labels of the evaluation are those of the searched split, for classes that it lacks numbers beyond.
 
     Args:
         weights: the model's state, as its file holds it; None embeds with the weights that training starts from.
@@ -58,6 +64,7 @@ def embed(
         manifest: of the data set.
         out: folder or URI to write to.
         num_gpus: actors that embed, on a GPU each; 0 embeds on CPUs, in as many actors as the cluster spares.
+        splits: which to embed. None: those of the evaluation, the classes of both numbered alike.
 
     Returns:
         The embeddings by split.
@@ -69,19 +76,19 @@ def embed(
     if storage.exists(storage.join(out, "embeddings.json")):
         print(f"embeddings: all there in {out}", flush=True)
         return load_index(out)
-    names = list(dict.fromkeys(manifest.evaluation_splits))
-    splits = {name: manifest.split(name) for name in names}
-    labels = _common_labels(manifest)
+    labels = _common_labels(manifest) if splits is None else {name: _labels(manifest, name) for name in splits}
+    names = list(dict.fromkeys(splits or manifest.evaluation_splits))
+    opened = {name: manifest.split(name) for name in names}
     shards = {
-        (name, shard): np.flatnonzero(splits[name].shards == place)
+        (name, shard): np.flatnonzero(opened[name].shards == place)
         for name in names
-        for place, shard in enumerate(splits[name].shard_names)
+        for place, shard in enumerate(opened[name].shard_names)
     }
     there = {PurePosixPath(path).name for path in _list(out)}
     todo = [key for key in shards if key[1] not in there]
     if len(todo) < len(shards):
         print(f"embeddings: {len(shards) - len(todo)} of {len(shards)} shards are there already in {out}", flush=True)
-    sets = _embed_shards(weights, config, splits, shards, todo, labels, out=out, num_gpus=num_gpus)
+    sets = _embed_shards(weights, config, opened, shards, todo, labels, out=out, num_gpus=num_gpus)
     write_index(out, sets)
     return {each.split: each for each in sets}
 
@@ -194,7 +201,7 @@ def _common_labels(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
     """Return for each image of each split its class, numbered in the same way in both."""
     query, gallery = manifest.evaluation_splits
     gallery_sizes = manifest.split(gallery).sizes
-    labels = {gallery: np.repeat(np.arange(len(gallery_sizes)), gallery_sizes)}
+    labels = {gallery: _labels(manifest, gallery)}
     if query != gallery:
         classes = pa.compute.index_in(manifest.class_ids(query), value_set=manifest.class_ids(gallery).combine_chunks())
         places = classes.to_numpy().astype(np.float64)  # NaN where the gallery lacks the class
@@ -202,6 +209,11 @@ def _common_labels(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
         places[absent] = len(gallery_sizes) + np.arange(absent.sum())
         labels[query] = np.repeat(places.astype(np.int64), manifest.split(query).sizes)
     return labels
+
+
+def _labels(manifest: Manifest, split: str) -> NDArray[np.int64]:
+    sizes = manifest.split(split).sizes
+    return np.repeat(np.arange(len(sizes)), sizes)
 
 
 def _reject_degenerate(vectors: NDArray[np.float32], ids: NDArray[np.int64], split: Split, name: str) -> None:

@@ -111,7 +111,7 @@ class GalleryShard:
 
         """
         self._faiss.omp_set_num_threads(self._num_threads)  # holds for the calling thread alone
-        self._index = _build_index(self._held.pop("float"), factory, parameters)
+        self._index = build_index(self._held.pop("float"), factory, parameters)
 
     @ray.method(concurrency_group="blocks")
     def lead(self, shared: Any, ids: range, k: int) -> Any:
@@ -310,10 +310,24 @@ def check_index(config: EvalConfig, dim: int) -> None:
 
     """
     if config.index is not None:
-        _build_index(np.empty((0, dim), dtype=np.float32), config.index, config.index_parameters)
+        build_index(np.empty((0, dim), dtype=np.float32), config.index, config.index_parameters)
 
 
-def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | None) -> Any:
+def build_index(
+    vectors: NDArray[np.float32], factory: str, parameters: str | None, *, flag: str = "--eval.index"
+) -> Any:
+    """Build a faiss index by inner product.
+
+    Args:
+        vectors: `[n, D]`; none only check that faiss knows the index.
+        factory: faiss's description of it.
+        parameters: of its search, as faiss names them; None: its own.
+        flag: that gave `factory`.
+
+    Raises:
+        ValueError: with faiss's reason.
+
+    """
     import faiss
 
     index: Any
@@ -327,11 +341,11 @@ def _build_index(vectors: NDArray[np.float32], factory: str, parameters: str | N
             space.set_index_parameters(index, parameters)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1]
-        where = f" over a shard of {len(vectors):,}" if len(vectors) else ", for"
+        where = f" over {len(vectors):,}" if len(vectors) else ", for"
         raise ValueError(
-            f"faiss cannot build --eval.index {factory} ({parameters or 'its own search parameters'}){where} vectors "
+            f"faiss cannot build {flag} {factory} ({parameters or 'its own search parameters'}){where} vectors "
             f"of {vectors.shape[1]} dimensions: {reason}; choose another"
-            + (", or fewer --eval.num-shards" if len(vectors) else "")
+            + (", or fewer --eval.num-shards" if len(vectors) and flag == "--eval.index" else "")
         ) from error
     return index
 

@@ -238,7 +238,7 @@ def test_a_missing_checkpoint_and_an_impossible_index(config: EvaluateConfig, ro
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere"):
         run(dataclasses.replace(config, checkpoint=str(tmp_path / "nowhere")))
     data, index = EvaluateDataConfig(root=str(root)), EvalConfig(index="IVF4096,Flat", nmi=False)
-    with pytest.raises(ValueError, match=r"faiss cannot build --eval.index IVF4096,Flat .* over a shard of 11 vectors"):
+    with pytest.raises(ValueError, match=r"faiss cannot build --eval.index IVF4096,Flat .* over 11 vectors"):
         run(dataclasses.replace(config, data=data, eval=index))
     for index in (EvalConfig(index="IVF,Fat"), EvalConfig(index="HNSW8", index_parameters="nprobes=4")):
         with pytest.raises(ValueError, match=r"faiss cannot build --eval.index .*, for vectors of 16 dimensions"):

@@ -1,0 +1,278 @@
+"""A gallery that one process searches for images: opened, embedded, indexed with faiss."""
+
+import io
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import faiss
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from nsl_dist import cluster, storage
+from nsl_dist.config import Layout, SearchConfig, TrainConfig
+from nsl_dist.data.layouts import official_layout, read_catalogue
+from nsl_dist.data.shards import Manifest, is_prepared, open_data, prepare, records_digest
+from nsl_dist.data.transforms import size_of
+from nsl_dist.embedder import load_embedder, read_description
+from nsl_dist.retrieval.embed import embed, embeddings_key
+from nsl_dist.retrieval.embeddings import EmbeddingSet, pack_codes
+from nsl_dist.retrieval.evaluation import find_checkpoint
+from nsl_dist.retrieval.search import Kind, build_index
+from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+
+MOST_PIXELS = 50_000_000  # of an image that somebody sends
+CACHED_BAGS = 64  # classes whose images are kept in memory
+
+
+@dataclass(frozen=True)
+class PreparedGallery:
+    """An embedded gallery.
+
+    Attributes:
+        checkpoint: folder or URI of the model.
+        manifest: of the shards that hold the images.
+        embeddings: of the split that is searched.
+        approximate: a faiss index of them, built once for all replicas, in Ray's object store. None: exact search.
+
+    """
+
+    checkpoint: str
+    manifest: Manifest
+    embeddings: EmbeddingSet
+    approximate: Any
+
+
+def prepare_gallery(config: SearchConfig) -> PreparedGallery:
+    """Open the gallery and embed it, unless that was done before; say what is there.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the gallery is not there.
+        ValueError: checkpoint, gallery or index cannot be used.
+
+    """
+    storage_root = storage.absolute(config.storage)
+    checkpoint = _find(config.checkpoint)
+    model, data = read_description(checkpoint)
+    settings = TrainConfig(model=model, data=data)
+    build_index(np.empty((0, model.dim), dtype=np.float32), config.index, config.index_parameters, flag="--index")
+    storage.check_writable(storage_root)
+    cluster.connect(num_cpus=max(2, config.replicas))
+    num_gpus = cluster.totals()[1] if cluster.settle_device(config.device) == "cuda" else 0
+
+    manifest = _open_images(config, storage_root)
+    split = config.split or manifest.evaluation_splits[1]
+    num_images, num_classes = manifest.split(split).num_images, manifest.split(split).num_classes
+    lines = {
+        "checkpoint": f"{checkpoint}: {model.backbone}, {model.dim} dimensions, {data.image_size} pixels",
+        "gallery": f"{num_images:,} images of {num_classes:,} classes, split {split} of {manifest.root}",
+        "index": "; ".join(_described(kind, config, model.dim) for kind in config.kinds),
+    }
+    print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)
+
+    weights = storage.read_bytes(storage.join(checkpoint, MODEL_FILE))
+    out = storage.join(storage_root, "embeddings", embeddings_key(weights, settings, manifest, num_gpus=num_gpus))
+    if split in manifest.evaluation_splits:  # the files of an evaluation, which may be there already
+        sets = embed(weights, settings, manifest, out=out, num_gpus=num_gpus)
+    else:
+        sets = embed(weights, settings, manifest, out=f"{out}-{split}", num_gpus=num_gpus, splits=(split,))
+    approximate = None
+    if "float" in config.kinds and config.index != "Flat":
+        vectors = sets[split].read_all("vector", range(sets[split].num_vectors))
+        built = build_index(vectors, config.index, config.index_parameters, flag="--index")
+        approximate = ray.put(faiss.serialize_index(built))
+    return PreparedGallery(checkpoint, manifest, sets[split], approximate)
+
+
+def _find(location: str) -> str:
+    """Return the checkpoint that is meant; unlike an evaluation a search needs nothing of it but the model."""
+    location = storage.absolute(location).rstrip("/")
+    return location if storage.exists(storage.join(location, DESCRIPTION_FILE)) else find_checkpoint(location)
+
+
+def _open_images(config: SearchConfig, storage_root: str) -> Manifest:
+    root = storage.absolute(config.gallery)
+    if not storage.exists(root):
+        raise FileNotFoundError(f"no such folder: {root}; give a folder of images, or shards, as --gallery")
+    if is_prepared(root) or config.layout or official_layout(root):
+        return open_data(root, layout=config.layout, storage_root=storage_root, max_undecodable=config.max_undecodable)
+    layout: Layout = "folders"
+    records = read_catalogue(root)
+    out = storage.join(storage_root, "shards", records_digest(records, layout=layout)[:16])
+    if not is_prepared(out):
+        print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
+    return prepare(records, root=root, layout=layout, out=out, max_undecodable=config.max_undecodable)
+
+
+def _described(kind: Kind, config: SearchConfig, dim: int) -> str:
+    if kind == "binary":
+        return f"binary: Flat, {-(-dim // 8)} bytes an image"
+    return f"float: {' '.join(filter(None, (config.index, config.index_parameters)))}, {4 * dim} bytes a vector"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for.
+
+    Attributes:
+        pixels: from `Searcher.pixels`.
+        kind: of the embeddings that are compared.
+        k: neighbours wanted; fewer are found where the gallery has fewer.
+
+    """
+
+    pixels: torch.Tensor
+    kind: Kind
+    k: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found.
+
+    Attributes:
+        ids: of the neighbours, nearest first.
+        scores: cosine similarities, or Hamming distances in bits.
+        embed_seconds: for all queries that were answered together.
+        search_seconds: for all of them, too.
+
+    """
+
+    ids: list[int]
+    scores: list[float]
+    embed_seconds: float
+    search_seconds: float
+
+
+class Searcher:
+    """The model, the indexes, and the images by id. `search` is for one thread at a time, the rest for many.
+
+    Attributes:
+        class_names: of the gallery, by label.
+        num_images: of the gallery.
+        dim: of an embedding.
+        image_size: edge of what the model sees of an image, pixels.
+
+    """
+
+    def __init__(self, gallery: PreparedGallery, config: SearchConfig) -> None:
+        embeddings = gallery.embeddings
+        self.num_images, self.dim = embeddings.num_vectors, embeddings.dim
+        self._embedder = load_embedder(gallery.checkpoint)
+        self.image_size = self._embedder.image_size
+        self._split = gallery.manifest.split(embeddings.split)
+        self._offsets = self._split.offsets
+        self.class_names: list[str] = gallery.manifest.class_ids(embeddings.split).to_pylist()
+        self._reading = threading.Lock()  # two threads that read from one open file end the process
+        self._bag = lru_cache(CACHED_BAGS)(lambda label: self._split.read_bag(label, ["image"])["image"])
+        self._indexes: dict[Kind, Any] = {}
+        ids = range(self.num_images)
+        if gallery.approximate is not None:
+            self._indexes["float"] = faiss.deserialize_index(ray.get(gallery.approximate).copy())
+        elif "float" in config.kinds:
+            self._indexes["float"] = faiss.IndexFlatIP(self.dim)
+            for _, vectors in embeddings.read("vector", ids):
+                self._indexes["float"].add(np.ascontiguousarray(vectors))
+        if "binary" in config.kinds:
+            self._indexes["binary"] = faiss.IndexBinaryFlat(8 * embeddings.code_bytes)
+            for _, codes in embeddings.read("code", ids):
+                self._indexes["binary"].add(np.ascontiguousarray(codes))
+
+    def pixels(self, encoded: bytes) -> torch.Tensor:
+        """Decode an image from outside to what the model sees of it.
+
+        Raises:
+            ValueError: it is no image, or damaged, or would take too much memory.
+
+        """
+        try:
+            height, width = size_of(encoded)
+        except Exception as error:  # whatever a decoder stumbles over in bytes of a stranger
+            raise ValueError(f"this is no image that can be read: {_line(error)}") from error
+        if height * width > MOST_PIXELS:
+            raise ValueError(f"{width:,} x {height:,} pixels are too many: {MOST_PIXELS:,} is the most")
+        try:
+            return self._embedder.pixels(encoded)
+        except Exception as error:  # as above
+            raise ValueError(f"the image is damaged: {_line(error)}") from error
+
+    def search(self, queries: Sequence[Query]) -> list[Answer]:
+        """Search for several images together, which is quicker than one by one."""
+        started = time.perf_counter()
+        vectors_QD = self._embedder.embed(torch.stack([query.pixels for query in queries]))
+        embedded = time.perf_counter()
+        found: dict[int, tuple[NDArray[Any], NDArray[np.int64]]] = {}
+        for kind, index in self._indexes.items():
+            places = [place for place, query in enumerate(queries) if query.kind == kind]
+            if places:
+                vectors = vectors_QD[places] if kind == "float" else pack_codes(vectors_QD[places])
+                k = min(self.num_images, max(queries[place].k for place in places))
+                found |= zip(places, zip(*index.search(vectors, k), strict=True), strict=True)
+        searched = time.perf_counter()
+        return [
+            self._answer(query, *found[place], seconds=(embedded - started, searched - embedded))
+            for place, query in enumerate(queries)
+        ]
+
+    def _answer(
+        self, query: Query, scores: NDArray[Any], ids: NDArray[np.int64], *, seconds: tuple[float, float]
+    ) -> Answer:
+        scores, ids = scores[: query.k][ids[: query.k] >= 0], ids[: query.k][ids[: query.k] >= 0]
+        # Of an index that knows L2 alone: squared, of unit vectors.
+        if query.kind == "float" and self._indexes["float"].metric_type == faiss.METRIC_L2:
+            scores = 1 - scores / 2
+        return Answer(ids.tolist(), scores.tolist(), *seconds)
+
+    def class_name(self, image_id: int) -> str:
+        """Return the class of an image of the gallery as the data set names it."""
+        return self.class_names[self._label(image_id)]
+
+    def image(self, image_id: int) -> tuple[bytes, str]:
+        """Return an image of the gallery as it was found, and its media type.
+
+        Raises:
+            KeyError: the gallery has no such image.
+
+        """
+        if not 0 <= image_id < self.num_images:
+            raise KeyError(f"no image {image_id}: the gallery has 0 to {self.num_images - 1}")
+        label = self._label(image_id)
+        with self._reading:
+            encoded = self._bag(label)[image_id - int(self._offsets[label])].as_py()
+        return encoded, Image.open(io.BytesIO(encoded)).get_format_mimetype() or "application/octet-stream"
+
+    def _label(self, image_id: int) -> int:
+        return int(np.searchsorted(self._offsets, image_id, side="right")) - 1
+
+
+def _line(error: Exception) -> str:
+    return (str(error).removeprefix("bytes: ") or type(error).__name__).splitlines()[0][:200]
+
+
+def print_neighbours(config: SearchConfig) -> None:
+    """Print a table of the neighbours of each of `config.query`.
+
+    Raises:
+        FileNotFoundError: a file, the checkpoint or the gallery is not there.
+        ValueError: a file is no image; or see `prepare_gallery`.
+
+    """
+    contents = {name: storage.read_bytes(name) for name in config.query}
+    searcher = Searcher(prepare_gallery(config), config)
+    for name, encoded in contents.items():
+        try:
+            pixels = searcher.pixels(encoded)
+        except ValueError as error:
+            raise ValueError(f"--query {name}: {error}") from error
+        for kind in config.kinds:
+            (answer,) = searcher.search([Query(pixels, kind, config.k)])
+            print(f"\n{name}, {kind}\n{'rank':>6}{'id':>10}  {'score':>8}  class")
+            for rank, (image_id, score) in enumerate(zip(answer.ids, answer.scores, strict=True), start=1):
+                shown = f"{score:8.4f}" if kind == "float" else f"{score:8.0f}"
+                print(f"{rank:6}{image_id:10}  {shown}  {searcher.class_name(image_id)}")
