@@ -6,7 +6,6 @@ import io
 import json
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -23,6 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from nsl_dist.config import DataConfig, ModelConfig, SearchConfig, TrainConfig
 from nsl_dist.data.layouts import read_catalogue
@@ -32,16 +36,13 @@ from nsl_dist.retrieval.embeddings import pack_codes
 from nsl_dist.retrieval.searcher import Searcher, prepare_gallery
 from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
 from tests.conftest import JOBS, encode, write_folders, write_image, write_inshop
+from tests.e2e.browser import opened_browser, prefer, resize
 from tests.e2e.local_cluster import free_ports
 from tests.e2e.test_cluster import listening_addresses
 
 DIM = 32
 LOOSE = 5  # images outside of class folders
 SIZES = [4] * 8
-CHROME_FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -359,31 +360,12 @@ def test_nothing_listens_beyond_loopback(service: Service) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("no Chromium with its chromedriver on this machine (Debian: chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (*CHROME_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        yield chrome
-    finally:
-        chrome.quit()
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
 
 
-def test_page(service: Service, browser: Any, tmp_path: Path) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
+def test_page(service: Service, browser: webdriver.Chrome, tmp_path: Path) -> None:
     def shows(check: Any) -> None:
         WebDriverWait(browser, 30).until(lambda _: check())
 
@@ -447,11 +429,9 @@ def test_page(service: Service, browser: Any, tmp_path: Path) -> None:
     assert "400 (Bad Request)" in refused["message"]
 
     for scheme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        prefer(browser, scheme)
         for width in (1280, 390):
-            screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 640}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+            resize(browser, width)
             assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
