@@ -35,7 +35,7 @@ from nsl_dist.model import build_model
 from nsl_dist.retrieval.embeddings import pack_codes
 from nsl_dist.retrieval.searcher import Searcher, prepare_gallery
 from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
-from tests.conftest import JOBS, encode, write_folders, write_image, write_inshop
+from tests.conftest import JOBS, encode, job, write_folders, write_image, write_inshop
 from tests.e2e.browser import opened_browser, prefer, resize
 from tests.e2e.local_cluster import free_ports
 from tests.e2e.test_cluster import listening_addresses
@@ -84,11 +84,6 @@ def write_checkpoint(location: Path) -> Path:
     model = build_model(config.model, seed=0, pretrained=False)
     (location / MODEL_FILE).write_bytes(weights_of(model.state_dict()))
     return location
-
-
-def search_job(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(JOBS / "search.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -449,16 +444,15 @@ def test_a_data_set_is_searched_by_split(tmp_path: Path, cluster: None) -> None:
         assert searcher.class_name(0) == f"id_{1 if split else 4:08d}"
 
 
-def test_neighbours_in_the_terminal(service: Service, tmp_path: Path) -> None:
+def test_neighbours_in_the_terminal(service: Service, tmp_path: Path, cluster: None, monkeypatch, capsys) -> None:
     query, other = service.files[20:22]
     arguments = [f"--checkpoint={service.checkpoint}", f"--gallery={service.files[0].parent}"]
     arguments += [f"--storage={service.checkpoint.parent / 'storage'}", "--k=3"]
-    result = search_job(
-        *arguments, "--index=IVF4,Flat", "--index-parameters=nprobe=4", "--query", str(query), str(other)
-    )
-    assert result.returncode == 0, result.stderr
-    assert "embeddings: all there in" in result.stdout
-    tables = result.stdout.split("\n\n")[1:]
+    index = ["--index=IVF4,Flat", "--index-parameters=nprobe=4"]
+    job(monkeypatch, "search", *arguments, *index, "--query", str(query), str(other))
+    shown = capsys.readouterr().out
+    assert "embeddings: all there in" in shown
+    tables = shown.split("\n\n")[1:]
     assert [table.splitlines()[0] for table in tables] == [
         f"{file}, {kind}" for file in (query, other) for kind in ("float", "binary")
     ]
@@ -466,24 +460,27 @@ def test_neighbours_in_the_terminal(service: Service, tmp_path: Path) -> None:
     assert len(tables[1].splitlines()) == 5
     bad = tmp_path / "notes.jpg"
     bad.write_text("not an image")
-    result = search_job(*arguments, "--query", str(bad))
-    assert result.returncode == 2
-    assert f"error: --query {bad}: this is no image that can be read: it begins like none of JPEG" in result.stderr
+    with pytest.raises(SystemExit) as ended:
+        job(monkeypatch, "search", *arguments, "--query", str(bad))
+    assert ended.value.code == 2
+    message = f"error: --query {bad}: this is no image that can be read: it begins like none of JPEG"
+    assert message in capsys.readouterr().err
 
 
-def test_mistakes_are_told_in_a_line(service: Service, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_a_line(service: Service, tmp_path: Path, cluster: None, monkeypatch, capsys) -> None:
     def told(message: str, *arguments: str) -> None:
         given = {"--checkpoint": str(service.checkpoint), "--gallery": str(tmp_path), "--storage": str(tmp_path / "s")}
         given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
-        result = search_job(*[f"{name}={value}" for name, value in given.items()])
-        assert result.returncode == 2, result.stderr
-        assert message in result.stderr.splitlines()[-1], result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises(SystemExit) as ended:
+            job(monkeypatch, "search", *[f"{name}={value}" for name, value in given.items()])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
     told(f"error: cannot listen on 127.0.0.1:{service.port}: Address already in use; give", "--port", str(service.port))
-    told("error: no checkpoint in", "--checkpoint", str(tmp_path), "--port", str(free_ports(1)[0]))
-    told("no images in it or below", "--port", str(free_ports(1)[0]))
-    told("could not parse index string", "--index", "Nonsense", "--port", str(free_ports(1)[0]))
+    query = ["--query", str(service.files[0])]
+    told("error: no checkpoint in", "--checkpoint", str(tmp_path), *query)
+    told("no images in it or below", *query)
+    told("could not parse index string", "--index", "Nonsense", *query)
 
 
 def test_classes_of_a_catalogue(tmp_path: Path) -> None:
