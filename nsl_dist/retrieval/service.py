@@ -33,7 +33,6 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nsl_dist.config import MOST_NEIGHBOURS, SearchConfig
-from nsl_dist.device import use_cpu_threads
 from nsl_dist.retrieval.search import Kind
 from nsl_dist.retrieval.searcher import Answer, PreparedGallery, Query, Searcher, prepare_gallery
 from nsl_dist.runs import StoppedError
@@ -43,6 +42,7 @@ MULTIPART_BYTES = 64 * 2**10  # that a form may add to it
 MOST_SAMPLED = 100
 MOST_AT_ONCE = 64  # requests that a replica works on; more wait
 BATCH = 16  # queries embedded together
+BATCH_WAIT = 0.01  # seconds that a query waits for others
 
 Neighbours = Annotated[int, Parameter(ge=1, le=MOST_NEIGHBOURS)]
 
@@ -163,8 +163,9 @@ class SearchService:
         self._kinds: tuple[Kind, ...] = config.kinds
         self._html = _page()[0]
         # torch and faiss keep their number of threads by the thread that calls them.
-        self._computing = ThreadPoolExecutor(1, initializer=use_cpu_threads, initargs=(config.replicas,))
         num_threads = max(1, (os.cpu_count() or 1) // config.replicas)
+        # A core is left to Ray Serve, which else brings the queries one by one.
+        self._computing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(max(1, num_threads - 1),))
         self._decoding = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
         blank = torch.zeros((3, *[self._searcher.image_size] * 2), dtype=torch.uint8)
         warm_up = [Query(blank, kind, 1) for kind in config.kinds]
@@ -230,8 +231,7 @@ class SearchService:
             "milliseconds": {name: round(1000 * each, 2) for name, each in spent.items()},
         }
 
-    # No wait for others: those that come while a batch is computed make up the next one.
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_WAIT)
     async def _answer(self, queries: list[Query]) -> list[Answer]:
         return await self._in(self._computing, self._searcher.search, queries)
 
