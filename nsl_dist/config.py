@@ -255,6 +255,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"--tracking.every {self.every} must be >= 1")
+        name = self.register
+        _require(name is None or not re.search("^$|[/:]", name), f"--tracking.register {name!r} must have no / nor :")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Tracker:
         # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # it warns at length of a machine without git
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
@@ -196,10 +197,19 @@ class Tracker:
         self._send({"file": name, "content": content})
 
     def register(self, checkpoint: str, *, name: str, step: int) -> str:
-        """Register the model of a checkpoint as the newest version of `name`; return the URI to load it by."""
+        """Register the model of a checkpoint as the newest version of `name`; return the URI to load it by.
+
+        Raises:
+            ValueError: MLflow is away, or refuses it.
+
+        """
         from nsl_dist.tracking.models import register  # imports torch
 
-        number = register(checkpoint, name=name, run_id=self.run_id, step=step, tracking_uri=self._tracking_uri)
+        try:
+            number = register(checkpoint, name=name, run_id=self.run_id, step=step, tracking_uri=self._tracking_uri)
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            cause = storage.without_password(str(error))
+            raise ValueError(f"MLflow {self.uri} does not register {name}: {cause}") from error
         return f"models:/{name}/{number}"
 
     def history(self, names: list[str], *, run_id: str) -> dict[str, list[tuple[int, float]]]:

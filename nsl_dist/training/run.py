@@ -168,10 +168,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
             tracked.log_file(path, text)
         content = json.dumps(results, indent=1)
         tracked.log_file(RESULTS_FILE, content)
-        if config.tracking.register is not None:
-            best = storage.join(run_dir, BEST)
-            registered = tracked.register(best, name=config.tracking.register, step=step_of(best))
-            print(f"registered: {registered}", flush=True)
         prune_checkpoints(run_dir, keep=config.checkpoint.keep)
         tracked.finish(status="FINISHED")
         storage.write_bytes(storage.join(run_dir, RESULTS_FILE), content.encode())  # last: with it the run is finished
@@ -180,6 +176,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
             raise RuntimeError(f"run {config.run_name} failed") from error
         raise
+    if config.tracking.register is not None:
+        _register(config.tracking.register, storage.join(run_dir, BEST), tracked)
     _show_results(results, run_dir, tracked.uri, has_report=bool(report))
     return results
 
@@ -561,6 +559,13 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
         for number, handler in before.items():
             signal.signal(number, handler)
     return received[0] if received else None
+
+
+def _register(name: str, best: str, tracked: "Tracker") -> None:
+    try:
+        print(f"registered: {tracked.register(best, name=name, step=step_of(best))}", flush=True)
+    except ValueError as error:  # the run is finished all the same
+        print(f"{error}; later: python jobs/export.py --checkpoint {best} --register {name}", flush=True)
 
 
 def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str, *, has_report: bool) -> None:

@@ -160,6 +160,10 @@ def test_export_says_what_is_wrong(root: Path, monkeypatch, capsys) -> None:
     for flags, message in (
         ([f"--checkpoint={root}/runs/mine/best"], "nothing to do: give --register NAME, --onnx FILE or both"),
         ([f"--checkpoint={root}/runs/mine", "--onnx=x.onnx"], "embedder.json is missing: give a checkpoint"),
+        (
+            [f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=a/b"],
+            f"MLflow sqlite:///{root}/mlflow.db does not register a/b: Invalid model name: 'a/b'",
+        ),
     ):
         with pytest.raises(SystemExit) as ended:
             job(monkeypatch, "export", *flags)
