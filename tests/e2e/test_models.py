@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,15 +61,12 @@ def embedder(root: Path) -> Embedder:
 @pytest.fixture(scope="module")
 def registered(root: Path) -> Iterator[str]:
     """URI of the model in the registry; MLflow is told where that is."""
-    export = [sys.executable, "jobs/export.py", f"--checkpoint={root}/runs/mine/best", f"--storage={root}"]
-    done = subprocess.run([*export, "--register=shop"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"sqlite:///{root}/mlflow.db: models:/shop/1" in done.stdout
-    uri = f"sqlite:///{root}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
-    os.environ["MLFLOW_TRACKING_URI"] = uri  # of what is started
-    yield "models:/shop/1"
-    del os.environ["MLFLOW_TRACKING_URI"]
+    with pytest.MonkeyPatch.context() as patched:
+        job(patched, "export", f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=shop")
+        uri = f"sqlite:///{root}/mlflow.db"
+        mlflow.set_tracking_uri(uri)
+        patched.setenv("MLFLOW_TRACKING_URI", uri)  # of what is started
+        yield "models:/shop/1"
 
 
 @pytest.mark.parametrize("count", [1, 5])
