@@ -253,7 +253,11 @@ class _Embedder:
         self.dtype = autocast_dtype(config.precision, self.device)
         self.model = build_model(config.model, seed=config.seed, pretrained=weights is None)
         if weights is not None:
-            load_weights(self.model, ray.get(weights), location="the checkpoint")
+            try:
+                content = ray.get(weights)
+            except ray.exceptions.ReferenceCountingAssertionError:
+                return  # others have embedded all before this actor was there, and nothing comes to it any more
+            load_weights(self.model, content, location="the checkpoint")
         self.model.eval().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
