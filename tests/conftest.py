@@ -1,9 +1,11 @@
 """Data and clusters that the tests share."""
 
 import io
+import os
 import runpy
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,16 @@ def omniglot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("omniglot")
     zipfile.ZipFile(OMNIGLOT).extractall(root)
     return next(root.rglob("Ebay_train.txt")).parent
+
+
+@pytest.fixture(autouse=True)
+def tracking_uri_of_the_environment() -> Iterator[None]:
+    """Kept as it was: `mlflow.set_tracking_uri` sets it for all that comes."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @pytest.fixture

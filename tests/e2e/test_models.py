@@ -62,10 +62,10 @@ def embedder(root: Path) -> Embedder:
 def registered(root: Path) -> Iterator[str]:
     """URI of the model in the registry; MLflow is told where that is."""
     with pytest.MonkeyPatch.context() as patched:
+        # Before MLflow sets it: what is there afterwards would stay for the tests to come.
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
         job(patched, "export", f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=shop")
-        uri = f"sqlite:///{root}/mlflow.db"
-        mlflow.set_tracking_uri(uri)
-        patched.setenv("MLFLOW_TRACKING_URI", uri)  # of what is started
+        mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
         yield "models:/shop/1"
 
 
