@@ -36,7 +36,7 @@ def register(checkpoint: str, *, name: str, run_id: str, step: int, tracking_uri
         name: in the registry; made if it is new.
         run_id: MLflow's, of the training.
         step: iterations before the checkpoint.
-        tracking_uri: MLflow's; the registry is there, too.
+        tracking_uri: MLflow's; the registry is there too, unless MLFLOW_REGISTRY_URI names another.
 
     Returns:
         The version.
@@ -44,7 +44,6 @@ def register(checkpoint: str, *, name: str, run_id: str, step: int, tracking_uri
     """
     logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)  # it warns of pickle, which we chose
     mlflow.set_tracking_uri(tracking_uri)
-    mlflow.set_registry_uri(tracking_uri)
     mlflow.set_experiment(experiment_id=mlflow.get_run(run_id).info.experiment_id)
     info = Model.log(
         None,
