@@ -1,7 +1,12 @@
-r"""Hand a trained model on: into MLflow's model registry, or to a file of ONNX.
+r"""Hand a trained model on.
 
-python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --register sop
-python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --onnx sop.onnx
+Into MLflow's model registry:
+
+    python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --register sop
+
+To a file of ONNX, checked against torch:
+
+    python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --onnx sop.onnx
 """
 
 import dataclasses
