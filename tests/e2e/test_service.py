@@ -304,16 +304,15 @@ def test_a_stream_of_100_mb_is_refused_on_the_way(service: Service, head: bytes)
     piece = b"\0" * 65536
     if b"chunked" in head:
         piece = b"10000\r\n" + piece + b"\r\n"
-    sent, answer = 0, b""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+    sent = 0
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n")
         with contextlib.suppress(ConnectionError):  # it need not read on once it has refused
-            while sent < 100 * 2**20 and not select.select([connection], [], [], 0)[0]:
+            while sent < 20 * 2**20 and not select.select([connection], [], [], 0)[0]:
                 connection.sendall(piece)
                 sent += len(piece)
-        answer = connection.recv(65536)
+        answer = connection.recv(65536)  # while the other 80 MB are still to come
     assert answer.startswith(b"HTTP/1.1 413 "), answer
-    assert sent < 90 * 2**20
     assert service.search("/search/0?k=1")["neighbours"][0]["id"] == 0
 
 
