@@ -37,5 +37,5 @@ $(VENV)/.current: requirements.lock pyproject.toml
 	touch $@
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --extra cloud --extra serve --extra onnx --universal --python-version 3.11 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --extra cloud --extra serve --extra onnx --extra timm --universal --python-version 3.11 --no-header --no-annotate \
 		--quiet --output-file requirements.lock

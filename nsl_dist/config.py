@@ -32,6 +32,9 @@ class DataConfig:
     """Edge of the square crop that the model sees, pixels."""
     crop_ratio: float = 0.875
     """Edge of the crop as a share of the edge that images are resized to (aspect ignored): 224 / 256 in the paper."""
+    crop_area: float | None = None
+    """Training images are cut to a random share of their area, from this one to all of it, at a ratio of width to
+    height between 3/4 and 4/3, and resized. None: a crop of --data.crop-ratio, as in the paper."""
     flip: bool = True
     """Mirror half of the training images."""
     rotation: float = 0.0
@@ -56,6 +59,9 @@ class DataConfig:
         )
         _require(self.image_size >= 8, f"--data.image-size {self.image_size} must be at least 8 pixels")
         _require(0 < self.crop_ratio <= 1, f"--data.crop-ratio {self.crop_ratio} must be in (0, 1]")
+        _require(
+            self.crop_area is None or 0 < self.crop_area <= 1, f"--data.crop-area {self.crop_area} must be in (0, 1]"
+        )
         _require(0 <= self.scale < 1, f"--data.scale {self.scale} must be in [0, 1)")
         _require(0 <= self.rotation <= 180, f"--data.rotation {self.rotation} must be in [0, 180] degrees")
         _require(0 <= self.shear <= 45, f"--data.shear {self.shear} must be in [0, 45] degrees")
@@ -77,9 +83,17 @@ class ModelConfig:
     """Backbone, pooling, LayerNorm, linear, L2."""
 
     backbone: str = "resnet18"
-    """Any torchvision classification model whose last layer is linear, by torchvision's own name."""
+    """Any torchvision classification model whose last layer is linear, by torchvision's own name; or, where timm is
+    installed (extra `timm`), any of its models: timm/vit_base_patch16_224."""
     weights: str | None = None
-    """torchvision's name of pretrained weights (IMAGENET1K_V1, DEFAULT, ...) or a state_dict file. None: random."""
+    """Pretrained weights by torchvision's name (IMAGENET1K_V1, DEFAULT, ...), or DEFAULT of a timm model; or a
+    state_dict file. None: random."""
+    pooling: Literal["max", "gem"] | None = None
+    """In place of the mean over the last feature map its maximum, or a generalised mean whose exponent is learned.
+    None: what the backbone does itself."""
+    neck: Literal["layer_norm", "batch_norm"] | None = "layer_norm"
+    """What normalises the pooled features, without learned scale and bias: each image's own, as in the paper; or each
+    feature over the batch. None: nothing."""
     dim: int = 128
     """Embedding dimensions; equal to the backbone's feature width leaves the linear layer out."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
@@ -101,6 +115,8 @@ class ProxyConfig:
     """Let the sampled classes stand for the others in the softmax, so that the expected normaliser is that of all."""
     temperature: float = 0.05
     """Sigma of the Normalized Softmax Loss."""
+    label_smoothing: float = 0.0
+    """Share of each image's label that is spread evenly over all classes."""
     optimizer: Literal["sgd", "adagrad"] = "sgd"
     """sgd: exact to SGD with momentum and weight decay over the whole matrix; adagrad: row-wise, one number of state
     for each class instead of a second matrix."""
@@ -123,6 +139,7 @@ class ProxyConfig:
         _require(
             self.temperature >= 0.0137, f"--proxies.temperature {self.temperature} must be at least 0.0137 (float32)"
         )
+        _require(0 <= self.label_smoothing < 1, f"--proxies.label-smoothing {self.label_smoothing} must be in [0, 1)")
         _require(self.lr_scale > 0, f"--proxies.lr-scale {self.lr_scale} must be positive")
         _require(self.memory > 0, f"--proxies.memory {self.memory} must be positive")
 

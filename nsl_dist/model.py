@@ -1,5 +1,6 @@
 """The embedding model: backbone -> pool -> LayerNorm -> linear -> L2 (paper, section 3.2)."""
 
+import difflib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,20 +13,27 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from nsl_dist.config import ModelConfig
 
+TIMM = "timm/"  # what names of its models begin with
+_WITHOUT_INTERNET = (
+    "on a machine without internet bring the file of weights there and give its path as --model.weights, or train from "
+    "scratch with --model.weights None"
+)
+
 
 class EmbeddingModel(nn.Module):
     """Images to unit vectors.
 
     Attributes:
         backbone: images to pooled features.
+        neck: features to features of the same width, normalised over each image or over the batch.
         linear: features to `dim`, without bias; None where `dim` is the feature width.
 
     """
 
-    def __init__(self, backbone: nn.Module, num_features: int, dim: int) -> None:
+    def __init__(self, backbone: nn.Module, neck: nn.Module, num_features: int, dim: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_features = num_features
+        self.neck = neck
         self.linear = None if dim == num_features else nn.Linear(num_features, dim, bias=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -37,67 +45,150 @@ class EmbeddingModel(nn.Module):
         """
         features = self.backbone(images_BCHW)
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            features = F.layer_norm(features.float(), (self.num_features,))
+            features = self.neck(features.float())
             return F.normalize(features if self.linear is None else self.linear(features))
+
+
+class GeneralizedMean(nn.Module):
+    """GeM: (mean x^p)^(1/p) over the positive part of a feature map, p learned from 3 (Radenovic et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exponent = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Pool to `[B, C, 1, 1]`, in float32 whatever the autocast."""
+        with torch.autocast(features_BCHW.device.type, enabled=False):
+            powers = features_BCHW.float().clamp(min=1e-6).pow(self.exponent)
+            return powers.mean(dim=(2, 3), keepdim=True).pow(1 / self.exponent)
+
+
+class _Rescale(nn.Module):
+    """Images normalised by ImageNet's mean and deviation, as all are, to those that a backbone was pretrained with."""
+
+    scale_C11: Tensor
+    offset_C11: Tensor
+
+    def __init__(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        (mean_C, std_C), (new_mean_C, new_std_C) = before, after
+        self.register_buffer("scale_C11", (std_C / new_std_C).view(-1, 1, 1), persistent=False)
+        self.register_buffer("offset_C11", ((mean_C - new_mean_C) / new_std_C).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        rescaled: Tensor = images_BCHW * self.scale_C11 + self.offset_C11
+        return rescaled
 
 
 def build_model(config: ModelConfig, *, seed: int, pretrained: bool = True) -> EmbeddingModel:
     """Build the model, its random weights drawn from `seed`.
 
     Args:
-        config: backbone by torchvision's name, its weights, dimensions, batch norm.
+        config: backbone by torchvision's or timm's name, its weights, pooling, neck, dimensions, batch norm.
         seed: of the random weights; the global generator is left as it was.
         pretrained: False leaves `config.weights` out, for a model about to load a checkpoint.
 
     Raises:
-        ValueError: unknown backbone, one whose last layer is not linear, or weights that cannot be had.
+        ValueError: unknown backbone, one whose last layer is not linear or whose pooling cannot be replaced, or weights
+            that cannot be had.
 
     """
-    names = torchvision.models.list_models(module=torchvision.models)
-    if config.backbone not in names:
-        raise ValueError(f"unknown --model.backbone {config.backbone!r}; torchvision has: {', '.join(names)}")
+    of_timm = config.backbone.startswith(TIMM)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = _build_backbone(config, pretrained=pretrained)
-        num_features = _remove_classifier(backbone, config.backbone)
-        model = EmbeddingModel(backbone, num_features, config.dim)
+        if of_timm:
+            backbone, num_features = _build_timm(config, pretrained=pretrained)
+        else:
+            backbone = _build_torchvision(config, pretrained=pretrained)
+            num_features = _remove_classifier(backbone, config.backbone)
+        if config.pooling is not None:
+            _replace_pooling(backbone, config)
+        model = EmbeddingModel(backbone, _neck(config, num_features), num_features, config.dim)
     if config.batch_norm == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return _sync_batch_norm(model, of_timm=of_timm)
     if config.batch_norm == "frozen":
-        _freeze_batch_norm(model)
+        _freeze_batch_norm(model, of_timm=of_timm)
     return model
 
 
-def _build_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
+def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
+    name = config.backbone
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise ValueError(
+            f"unknown --model.backbone {name!r}; torchvision has: {', '.join(names)}; timm's begin with {TIMM}"
+        )
     extra: dict[str, Any] = {}
-    if config.backbone in ("googlenet", "inception_v3"):
+    if name in ("googlenet", "inception_v3"):
         # Their auxiliary classifiers are of no use to an embedding; their pretrained weights rescale the inputs.
         extra = {"aux_logits": False, "init_weights": False, "transform_input": config.weights is not None}
     if config.weights is None or not pretrained:
-        return torchvision.models.get_model(config.backbone, weights=None, **extra)
+        return torchvision.models.get_model(name, weights=None, **extra)
     path = Path(config.weights).expanduser()
     if path.is_file():
-        backbone: nn.Module = torchvision.models.get_model(config.backbone, weights=None, **extra)
         try:
-            backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return _with_state(torchvision.models.get_model(name, weights=None, **extra), state)
         except (RuntimeError, UnpicklingError) as error:
-            raise ValueError(f"--model.weights {path} is no state_dict of {config.backbone}: {error}") from error
-        return backbone
-    available = torchvision.models.get_model_weights(config.backbone)
+            raise ValueError(f"--model.weights {path} is no state_dict of {name}: {error}") from error
+    available = torchvision.models.get_model_weights(name)
     if config.weights not in available.__members__:
         raise ValueError(
-            f"--model.weights {config.weights!r} is neither a file nor weights of {config.backbone}, which has: "
+            f"--model.weights {config.weights!r} is neither a file nor weights of {name}, which has: "
             f"{', '.join(available.__members__)}"
         )
     weights = available[config.weights]
     try:
-        return torchvision.models.get_model(config.backbone, weights=weights, **extra)
+        if extra:  # which torchvision refuses together with weights
+            state = weights.get_state_dict(check_hash=True)
+            return _with_state(torchvision.models.get_model(name, weights=None, **extra), state)
+        return torchvision.models.get_model(name, weights=weights)
     except OSError as error:
         raise ValueError(
-            f"weights {config.weights} of {config.backbone} cannot be downloaded from {weights.url}: {error}; on a "
-            "machine without internet put that file there and give its path as --model.weights, or train from scratch "
-            "with --model.weights None"
+            f"weights {config.weights} of {name} cannot be downloaded from {weights.url}: {error}; {_WITHOUT_INTERNET}"
         ) from error
+
+
+def _with_state(backbone: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Load published weights, but for those of auxiliary classifiers."""
+    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
+    backbone.load_state_dict({name: each for name, each in state.items() if not name.startswith(auxiliary)})
+    return backbone
+
+
+def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
+    """Return a timm model without its classifier, and the width of its features."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"--model.backbone {config.backbone} needs timm: pip install 'nsl_dist[timm]'") from error
+    name = config.backbone.removeprefix(TIMM)
+    if not timm.is_model(name):
+        like = difflib.get_close_matches(name, timm.list_models(), n=10, cutoff=0.4)
+        raise ValueError(f"unknown --model.backbone {config.backbone!r}; timm has, among others: {', '.join(like)}")
+    options: dict[str, Any] = {}
+    if config.weights is not None and pretrained:
+        path = Path(config.weights).expanduser()
+        if not path.is_file() and config.weights != "DEFAULT":
+            raise ValueError(
+                f"--model.weights {config.weights!r} is neither a file nor DEFAULT; timm's other weights are chosen by "
+                f"the backbone's name: {', '.join(TIMM + each for each in timm.list_pretrained(f'{name}*')[:20])}"
+            )
+        options = {"pretrained": True} | ({"pretrained_cfg_overlay": {"file": str(path)}} if path.is_file() else {})
+    try:
+        model = timm.create_model(name, num_classes=0, **options)
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise ValueError(
+            f"weights {config.weights} of {config.backbone} cannot be had: {error}; {_WITHOUT_INTERNET}"
+        ) from error
+    ours, theirs = (
+        (torch.tensor(mean), torch.tensor(std))
+        for mean, std in (
+            (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
+            (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]),
+        )
+    )
+    return nn.Sequential(_Rescale(ours, theirs), model), int(model.head_hidden_size)
 
 
 def _remove_classifier(backbone: nn.Module, name: str) -> int:
@@ -113,12 +204,41 @@ def _remove_classifier(backbone: nn.Module, name: str) -> int:
     return last.in_features
 
 
-def _freeze_batch_norm(module: nn.Module) -> None:
-    """Replace batch norms by fixed affine maps: running statistics and affine parameters no longer change."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            frozen.load_state_dict({k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"})
-            setattr(module, name, frozen)
-        else:
-            _freeze_batch_norm(child)
+def _replace_pooling(backbone: nn.Module, config: ModelConfig) -> None:
+    """Put `config.pooling` in the place of a backbone's mean over its last feature map."""
+    means = [name for name, module in backbone.named_modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+    if not means or backbone.get_submodule(means[-1]).output_size not in (1, (1, 1)):
+        raise ValueError(
+            f"--model.pooling {config.pooling}: {config.backbone} does not end in the mean of a feature map; leave its "
+            "own pooling, or choose a backbone like resnet50 or convnext_tiny"
+        )
+    backbone.set_submodule(means[-1], GeneralizedMean() if config.pooling == "gem" else nn.AdaptiveMaxPool2d(1))
+
+
+def _neck(config: ModelConfig, num_features: int) -> nn.Module:
+    if config.neck == "layer_norm":
+        return nn.LayerNorm(num_features, elementwise_affine=False)
+    return nn.BatchNorm1d(num_features, affine=False) if config.neck == "batch_norm" else nn.Identity()
+
+
+def _sync_batch_norm(model: EmbeddingModel, *, of_timm: bool) -> EmbeddingModel:
+    if of_timm:  # some of whose batch norms have the activation in them
+        import timm.layers
+
+        model.backbone = timm.layers.convert_sync_batchnorm(model.backbone)
+    converted: EmbeddingModel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def _freeze_batch_norm(model: EmbeddingModel, *, of_timm: bool) -> None:
+    """Replace a backbone's batch norms by fixed affine maps: running statistics and parameters no longer change."""
+    if of_timm:
+        import timm.layers
+
+        model.backbone = timm.layers.freeze_batch_norm_2d(model.backbone)
+        return
+    for name, module in list(model.backbone.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
+            frozen.load_state_dict({k: v for k, v in module.state_dict().items() if k != "num_batches_tracked"})
+            model.backbone.set_submodule(name, frozen)

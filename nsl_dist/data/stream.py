@@ -92,16 +92,16 @@ def planned_batches(
     block_bytes = part_size * 3 * config.image_size**2
 
     def make_part(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
-        from nsl_dist.data.transforms import augment
+        from nsl_dist.data.transforms import augment, crop_draws
 
         _yield_to_training()
         plan, split = ray.get(shared)
         (turn,) = rows["turn"].tolist()
         step, rank = first_step + turn // world_size, turn % world_size
         part = plan.part(step, rank=rank, world_size=world_size)
-        resized = fetch(part, split, config)
         positions = range(rank * part_size, (rank + 1) * part_size)
-        images = augment(resized, positions, config, seed=plan.seed, step=step)
+        fetched = fetch(part, split, config, crop_draws(positions, config, seed=plan.seed, step=step))
+        images = augment(fetched, positions, config, seed=plan.seed, step=step)
         return {
             "image": images.numpy(),
             "step": np.full(part_size, step),
@@ -149,11 +149,17 @@ def planned_batches(
     return dataset.streaming_split(world_size, equal=True)
 
 
-def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
+def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tensor | None" = None) -> "Tensor":
     """Read, decode and resize the images of a planned batch.
 
+    Args:
+        part: of the plan.
+        split: that it draws from.
+        config: how images are made.
+        crops_B4: of `crop_draws`.
+
     Returns:
-        uint8 `[len(part.labels), 3, resized_edge, resized_edge]`.
+        uint8 `[len(part.labels), 3, resized_edge, resized_edge]`; crops are `image_size` square.
 
     Raises:
         DamagedShardError: a shard cannot be read, or an image of it decoded.
@@ -161,9 +167,10 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
     """
     import torch
 
-    from nsl_dist.data.transforms import decode, resize
+    from nsl_dist.data.transforms import decode, random_crop, resize
 
-    images = torch.empty(len(part.labels), 3, config.resized_edge, config.resized_edge, dtype=torch.uint8)
+    edge = config.resized_edge if crops_B4 is None else config.image_size
+    images = torch.empty(len(part.labels), 3, edge, edge, dtype=torch.uint8)
     for label in np.unique(part.labels).tolist():
         bag = split.read_bag(label, ["image"])["image"]
         places = np.flatnonzero(part.labels == label)
@@ -175,5 +182,10 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig) -> "Tensor":
                 name = split.shard_names[split.shards[label]]
                 where = f"{split.root}/{name}: image {index} of class {label}"
                 raise DamagedShardError(name, f"{where}: {error}") from error
-            images[places[part.indices[places] == index]] = resize(image, config.resized_edge)
+            of_image = places[part.indices[places] == index]
+            if crops_B4 is None:
+                images[of_image] = resize(image, edge)
+            else:
+                for place in of_image.tolist():
+                    images[place] = random_crop(image, crops_B4[place], config)
     return images

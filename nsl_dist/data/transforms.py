@@ -4,6 +4,7 @@ Letters of tensor names: B images, C = 3 colours, H and W pixels.
 """
 
 import io
+import math
 
 import numpy as np
 import simplejpeg
@@ -64,6 +65,34 @@ def resize(image_CHW: Tensor, edge: int) -> Tensor:
     return F.interpolate(image_CHW[None], (edge, edge), mode="bilinear", antialias=True)[0]
 
 
+def crop_draws(positions: range, config: DataConfig, *, seed: int, step: int) -> Tensor | None:
+    """Return random numbers `[B, 4]` for `random_crop`, by place as in `augment`; None: the images are not cropped."""
+    if config.crop_area is None:
+        return None
+    draws = np.random.default_rng((seed, step, 1, 1)).random((config.batch_size, 4))
+    return torch.from_numpy(draws[positions.start : positions.stop])
+
+
+def random_crop(image_CHW: Tensor, draws_4: Tensor, config: DataConfig) -> Tensor:
+    """Cut out a random share of the area, from `config.crop_area` to all, 3:4 to 4:3, and resize it.
+
+    As torchvision's RandomResizedCrop, but that a side longer than the image's is cut to it instead of drawn again.
+
+    Returns:
+        uint8 `[3, image_size, image_size]`.
+
+    """
+    assert config.crop_area is not None
+    area, ratio, left, top = draws_4.tolist()
+    height, width = image_CHW.shape[1:]
+    area = (config.crop_area + (1 - config.crop_area) * area) * height * width
+    ratio = (3 / 4) ** (1 - 2 * ratio)
+    crop_width = min(width, max(1, round(math.sqrt(area * ratio))))
+    crop_height = min(height, max(1, round(math.sqrt(area / ratio))))
+    x, y = int(left * (width - crop_width + 1)), int(top * (height - crop_height + 1))
+    return resize(image_CHW[:, y : y + crop_height, x : x + crop_width], config.image_size)
+
+
 def eval_transform(image_CHW: Tensor, config: DataConfig) -> Tensor:
     """Resize and cut out the centre: uint8 `[3, image_size, image_size]`."""
     size = config.image_size
@@ -75,7 +104,7 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
     """Crop at random, mirror, rotate, scale and shear, all in one resampling.
 
     Args:
-        resized_BCHW: uint8 images, `config.resized_edge` square.
+        resized_BCHW: uint8 images, `config.resized_edge` square, or crops, `config.image_size` square.
         positions: their places in the global batch; an image's augmentation depends on (seed, step, place) alone, not
             on the number of workers.
         config: the strengths.
@@ -89,7 +118,7 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
     # 7 draws for each place; a second word in the seed keeps them apart from the plan's draws.
     draws = np.random.default_rng((seed, step, 1)).random((config.batch_size, 7))[positions.start : positions.stop]
     left, top, mirror, angle, scale, shear_x, shear_y = torch.from_numpy(draws).float().T
-    edge, size = config.resized_edge, config.image_size
+    edge, size = resized_BCHW.shape[-1], config.image_size
     left, top = [(u * (edge - size + 1)).floor() for u in (left, top)]
     flip = torch.where(mirror < 0.5, -1.0, 1.0) if config.flip else torch.ones_like(mirror)
 

@@ -144,6 +144,7 @@ class ProxyMatrix:
             proxies,
             lr=lr,
             temperature=self.config.temperature,
+            smoothing=self.config.label_smoothing,
             group=self.group,
             accuracy=accuracy,
         )

@@ -1,7 +1,7 @@
 """The Normalized Softmax Loss over a class-proxy matrix partitioned over the workers.
 
 Letters of tensor names: b images of this worker, B images of the global batch, S sampled classes of one chunk of this
-worker's, D dimensions.
+worker's, D dimensions, K sums over the classes.
 """
 
 import math
@@ -74,9 +74,9 @@ class SampledProxies:
 class _PartitionedNormalizedSoftmax(torch.autograd.Function):
     """Cross-entropy whose classes are spread over the workers, and the update of their proxies.
 
-    Collectives: forward, one all-gather of embeddings (b x D floats a worker) and one all-reduce of 2 x B floats, and
-    where accuracy is measured another of B floats; backward, one reduce-scatter of B x D floats. Partitions may differ
-    in size, an empty one included; b may not.
+    Collectives: forward, one all-gather of embeddings (b x D floats a worker) and one all-reduce of 2 x B floats (4 x B
+    with label smoothing), and where accuracy is measured another of B floats; backward, one reduce-scatter of B x D
+    floats. Partitions may differ in size, an empty one included; b may not.
 
     Proxies have no gradient tensor: each chunk's gradient goes to the optimiser as soon as it is there, so that beside
     the tables no memory is needed but for a chunk, or for all sampled classes where they are kept.
@@ -89,42 +89,51 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         proxies: SampledProxies,
         lr: float,
         temperature: float,
+        smoothing: float,
         group: dist.ProcessGroup | None,
         accuracy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         embeddings_BD = _all_gather(embeddings_bD, group)
         ctx.queries_BD = embeddings_BD / temperature
         ctx.shift = max(0.0, 1 / temperature - HIGHEST_EXPONENT)
-        sums_2B = embeddings_BD.new_zeros(2, len(embeddings_BD))
+        # Normaliser and target; for label smoothing also all logits and how many classes they stand for.
+        sums_KB = embeddings_BD.new_zeros(4 if smoothing else 2, len(embeddings_BD))
         best_B = embeddings_BD.new_full((len(embeddings_BD),), -math.inf)
         ctx.kept = []
         for index, chunk in enumerate(proxies.chunks):
             read = proxies.read(index)
             logits_BS, lengths_S = _logits(ctx.queries_BD, read[0])
-            sums_2B[0] += _normaliser_terms(logits_BS, chunk, ctx.shift).sum(dim=1)
+            sums_KB[0] += _normaliser_terms(logits_BS, chunk, ctx.shift).sum(dim=1)
             if accuracy is not None:
                 torch.maximum(best_B, logits_BS.amax(dim=1), out=best_B)
-            sums_2B[1, chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
+            sums_KB[1, chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
+            if smoothing:
+                sums_KB[2] += logits_BS.sum(dim=1) if chunk.multiplicity_S is None else logits_BS @ chunk.multiplicity_S
+                sums_KB[3] += chunk.num_rows if chunk.multiplicity_S is None else chunk.multiplicity_S.sum()
             if proxies.keep:
                 ctx.kept.append((read, logits_BS, lengths_S))
             else:
                 proxies.release(index, read)
         if group is not None:
-            dist.all_reduce(sums_2B, group=group)
+            dist.all_reduce(sums_KB, group=group)
             if accuracy is not None:
                 dist.all_reduce(best_B, dist.ReduceOp.MAX, group=group)
-        normaliser_B, target_B = sums_2B
+        normaliser_B, target_B = sums_KB[:2]
         if accuracy is not None:
             accuracy.copy_((target_B >= best_B).float().mean())
         ctx.normaliser_B, ctx.proxies = normaliser_B, proxies
-        ctx.lr, ctx.temperature, ctx.group = lr, temperature, group
+        ctx.lr, ctx.temperature, ctx.group, ctx.smoothing = lr, temperature, group, smoothing
+        wanted_B = target_B
+        if smoothing:
+            ctx.num_classes = sums_KB[3, 0]
+            wanted_B = (1 - smoothing) * target_B + smoothing * sums_KB[2] / ctx.num_classes
         finite_2B = torch.stack([embeddings_BD.sum(dim=1), normaliser_B]).isfinite()
         ctx.mark_non_differentiable(finite_2B)
-        return (normaliser_B.log() + ctx.shift - target_B).mean(), finite_2B
+        return (normaliser_B.log() + ctx.shift - wanted_B).mean(), finite_2B
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         proxies, queries_BD = ctx.proxies, ctx.queries_BD
         if proxies.optimizer.num_finished != proxies.num_finished:
             raise RuntimeError(
@@ -143,7 +152,10 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
                 weight_SD = read[0]
                 grad_BS = _normaliser_terms(logits_BS, chunk, ctx.shift)
                 grad_BS *= (grad_image / ctx.normaliser_B)[:, None]
-                grad_BS[chunk.target_images, chunk.target_columns] -= grad_image
+                grad_BS[chunk.target_images, chunk.target_columns] -= (1 - ctx.smoothing) * grad_image
+                if ctx.smoothing:
+                    share = ctx.smoothing * grad_image / ctx.num_classes
+                    grad_BS -= share if chunk.multiplicity_S is None else share * chunk.multiplicity_S
                 # A logit is the product with a proxy over the proxy's length, on which the loss does not depend: what
                 # the gradient has along the proxy is taken off.
                 along_S = logits_BS.mul_(grad_BS).sum(dim=0).div_(lengths_S.square())
@@ -158,7 +170,7 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         if ctx.group is not None:
             # DDP averages the backbone's gradients over ranks; this loss is already a mean over the global batch.
             grad_embeddings_bD *= dist.get_world_size(ctx.group)
-        return grad_embeddings_bD, None, None, None, None, None
+        return grad_embeddings_bD, None, None, None, None, None, None
 
 
 def _logits(queries_BD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,6 +207,7 @@ def normalized_softmax_loss(
     *,
     lr: float,
     temperature: float = 0.05,
+    smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
     accuracy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -209,6 +222,8 @@ def normalized_softmax_loss(
         proxies: this worker's part of the sampled classes; together the workers hold the class of every image once.
         lr: learning rate of the proxies.
         temperature: sigma of the paper; at least `LOWEST_TEMPERATURE`.
+        smoothing: share of each image's label that is spread evenly over all classes, those that sampled ones stand for
+            included.
         group: the workers that share the classes; None computes alone.
         accuracy: a scalar that is overwritten with the share of the images of the global batch whose own class is the
             nearest of all that were sampled; None: it is not measured, which spares one more look at every logit.
@@ -224,7 +239,7 @@ def normalized_softmax_loss(
         raise ValueError(f"temperature {temperature} is below {LOWEST_TEMPERATURE:.4f}, which float32 can express")
     with torch.autocast(embeddings_bD.device.type, enabled=False):
         result: tuple[Tensor, Tensor] = _PartitionedNormalizedSoftmax.apply(
-            F.normalize(embeddings_bD.float()), proxies, lr, temperature, group, accuracy
+            F.normalize(embeddings_bD.float()), proxies, lr, temperature, smoothing, group, accuracy
         )
     return result
 

@@ -21,10 +21,11 @@ from PIL import Image
 
 import nsl_dist
 from nsl_dist import storage
-from nsl_dist.embedder import load_embedder
+from nsl_dist.embedder import load_embedder, read_description
+from nsl_dist.model import TIMM
 from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
 
-# All that nsl_dist/pyfunc.py imports.
+# All that nsl_dist/pyfunc.py imports; with timm where the backbone is of it.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "simplejpeg", "torch", "torchvision")
 
 
@@ -67,6 +68,8 @@ def save_model(path: str, mlflow_model: Model, *, checkpoint: str) -> None:
 
     """
     embedder = load_embedder(checkpoint)
+    backbone = read_description(checkpoint)[0].backbone
+    packages = [*REQUIREMENTS, *(["timm"] if backbone.startswith(TIMM) else [])]
     signature = ModelSignature(
         inputs=Schema(
             [ColSpec(DataType.binary, "image", required=False), ColSpec(DataType.string, "path", required=False)]
@@ -80,7 +83,7 @@ def save_model(path: str, mlflow_model: Model, *, checkpoint: str) -> None:
         mlflow_model=mlflow_model,
         code_paths=[str(Path(nsl_dist.__file__).parent)],
         serialization_format="pickle",  # a network that can be trained on, which a traced graph cannot
-        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
+        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in packages],
         signature=signature,
         input_example=pd.DataFrame({"image": [_example(shade) for shade in (64, 192)]}),
     )

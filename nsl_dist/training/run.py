@@ -294,6 +294,8 @@ def _check_model(config: TrainConfig) -> None:
 
     model = build_model(config.model, seed=config.seed).eval()
     try:
+        # As whoever loads the checkpoint does: some weights of torchvision come with another size of images.
+        build_model(config.model, seed=config.seed, pretrained=False).load_state_dict(model.state_dict())
         model(torch.zeros(1, 3, config.data.image_size, config.data.image_size))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(

@@ -21,6 +21,10 @@ CASES = [
     for step in (0, 1)
 ]
 CASES += [(97, 0.1, 0, {"memory": 1e-6}), (97, 0.4, 0, {"correct_sampling": True})]
+CASES += [
+    (num_classes, sample_rate, 0, {"label_smoothing": 0.1} | options)
+    for num_classes, sample_rate, options in ((97, 1.0, {}), (3, 1.0, {}), (97, 0.4, {"correct_sampling": True}))
+]
 
 
 def batch_of(num_classes: int, step: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -56,11 +60,22 @@ def log_multiplicities(classes: np.ndarray, labels: np.ndarray, num_classes: int
 
 
 def dense_loss(
-    embeddings: torch.Tensor, proxies: torch.Tensor, labels: np.ndarray, classes: np.ndarray, added: torch.Tensor
+    embeddings: torch.Tensor,
+    proxies: torch.Tensor,
+    labels: np.ndarray,
+    classes: np.ndarray,
+    added: torch.Tensor,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
-    logits = F.normalize(embeddings) @ F.normalize(proxies[classes]).T / TEMPERATURE + added
+    logits = F.normalize(embeddings) @ F.normalize(proxies[classes]).T / TEMPERATURE
     column = {label: place for place, label in enumerate(classes.tolist())}
-    return F.cross_entropy(logits, torch.tensor([column[label] for label in labels.tolist()]))
+    targets = torch.tensor([column[label] for label in labels.tolist()])
+    if len(added) == 1:
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    # PyTorch's own smoothing would take what is added for part of the logits.
+    mean = logits @ added.softmax(dim=0)
+    wanted = (1 - smoothing) * logits.gather(1, targets[:, None])[:, 0] + smoothing * mean
+    return ((logits + added).logsumexp(dim=1) - wanted).mean()
 
 
 def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: object) -> ProxyMatrix:
@@ -84,7 +99,8 @@ def check_loss(rank: int, world_size: int) -> None:
         classes = sampled_classes(labels, num_classes, sample_rate, step, world_size)
         added = log_multiplicities(classes, labels, num_classes, world_size)
         added = added if "correct_sampling" in options else torch.zeros(1)
-        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes, added)
+        smoothing = options.get("label_smoothing", 0.0)
+        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes, added, smoothing)
         exact.backward()
 
         matrix = matrix_of(part, sample_rate=sample_rate, **options)

@@ -1,9 +1,10 @@
 import dataclasses
+import re
 
 import pytest
 
 from nsl_dist.commandline import parse_train_config
-from nsl_dist.recipes import RECIPES
+from nsl_dist.recipes import FIGURES, RECIPES
 
 
 def parse(*arguments: str):
@@ -41,6 +42,14 @@ def test_flags_override_the_recipe() -> None:
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipe_names_itself(name: str) -> None:
     assert RECIPES[name]().recipe == name
+
+
+def test_recipes_cite_the_figures_that_they_aim_at() -> None:
+    for name, published in FIGURES.items():
+        cited = re.findall(r"\d+(?:\.\d+)?", RECIPES[name].__doc__ or "")
+        for figures in published:
+            values = [*figures.recall.values(), *([figures.nmi] if figures.nmi is not None else [])]
+            assert {str(value) for value in values} <= {str(float(each)) for each in cited}, name
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

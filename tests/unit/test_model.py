@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import torch
 from torch import nn
 
 from nsl_dist.config import ModelConfig, OptimConfig
-from nsl_dist.model import build_model
+from nsl_dist.data.transforms import normalise
+from nsl_dist.model import GeneralizedMean, build_model
 from nsl_dist.training.schedule import Schedule
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -35,9 +37,82 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> Non
     assert not torch.equal(one, other)
 
 
-def test_frozen_batch_norm_ignores_the_batch() -> None:
-    model = build_model(ModelConfig(batch_norm="frozen"), seed=0).train()
-    torch.testing.assert_close(model(IMAGES)[:1], model(IMAGES[:1]))
+@pytest.mark.parametrize("name", ["resnet18", "timm/efficientnet_b0"])
+def test_frozen_batch_norm_ignores_the_batch(name: str) -> None:
+    config = ModelConfig(name, batch_norm="frozen")
+    model, local = (build_model(each, seed=0) for each in (config, replace(config, batch_norm="local")))
+    torch.testing.assert_close(model.eval()(IMAGES), local.eval()(IMAGES))  # the rest is as it was
+    backbone = model.train().backbone
+    torch.manual_seed(0)  # of stochastic depth
+    together = backbone(IMAGES)
+    torch.manual_seed(0)
+    torch.testing.assert_close(together[:1], backbone(IMAGES[:1]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "timm/resnet18"])
+def test_pooling_is_replaced(name: str) -> None:
+    """Of constant feature maps all kinds of pooling are the same; of others the maximum is most, GeM between."""
+    pooled = {}
+    for pooling in (None, "gem", "max"):
+        backbone = build_model(ModelConfig(name, pooling=pooling, neck=None), seed=0).eval().backbone
+        features: list[torch.Tensor] = []
+        (place,) = (
+            each
+            for each in backbone.modules()
+            if isinstance(each, (GeneralizedMean, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d))
+        )
+        place.register_forward_hook(lambda module, inputs, output: features.append(output.flatten(1)))  # noqa: B023
+        backbone(IMAGES)
+        pooled[pooling] = features[0]
+        torch.testing.assert_close(place(torch.full((1, 2, 3, 3), 0.7)).flatten(), torch.full((2,), 0.7))
+    positive = pooled[None] > 1e-3
+    assert (pooled["max"].clamp(min=1e-6) >= pooled["gem"] - 1e-5).all()  # which takes the positive part
+    assert (pooled["gem"] >= pooled[None] - 1e-5)[positive].all()
+    assert (pooled["max"] > 1.1 * pooled[None])[positive].any()
+
+
+def test_necks_normalise_over_the_image_or_over_the_batch() -> None:
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = build_model(ModelConfig(neck="batch_norm"), seed=0).train()
+    model.neck(model.backbone(images))
+    features = model.neck(model.backbone(images))
+    torch.testing.assert_close(features.mean(dim=0), torch.zeros(512), atol=1e-4, rtol=0)
+    features = build_model(ModelConfig(), seed=0).neck(model.backbone(images))
+    torch.testing.assert_close(features.std(dim=1, correction=0), torch.ones(16), atol=1e-3, rtol=0)
+    assert not list(model.neck.parameters())
+
+
+def test_timm_backbones_see_images_as_they_were_pretrained_on() -> None:
+    """This one on means and deviations of 0.5."""
+    import timm
+
+    config = ModelConfig("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", dim=192)
+    model = build_model(config, seed=0).eval()
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    plain = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=0).eval()
+    plain.load_state_dict(model.backbone[1].state_dict())
+    torch.testing.assert_close(model.backbone(normalise(pixels)), plain(pixels / 127.5 - 1), rtol=1e-3, atol=1e-3)
+
+
+def test_timm_weights_from_a_file_of_the_whole_classifier(tmp_path: Path) -> None:
+    import timm
+
+    state = timm.create_model("resnet18").state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    model = build_model(ModelConfig("timm/resnet18", weights=str(tmp_path / "weights.pth")), seed=0)
+    assert torch.equal(model.backbone[1].conv1.weight, state["conv1.weight"])
+
+
+def test_googlenet_loads_published_weights_without_the_auxiliary_classifiers(tmp_path: Path) -> None:
+    import torchvision
+
+    state = torchvision.models.googlenet(aux_logits=True, init_weights=False).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    config = ModelConfig("googlenet", weights=str(tmp_path / "weights.pth"))
+    model = build_model(config, seed=0)
+    assert torch.equal(model.backbone.conv1.conv.weight, state["conv1.conv.weight"])
+    assert model.backbone.transform_input
+    assert build_model(config, seed=0, pretrained=False).backbone.transform_input
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
@@ -52,6 +127,10 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (ModelConfig(backbone="timm/resnet19"), "unknown --model.backbone 'timm/resnet19'; timm has.* resnet18"),
+        (ModelConfig("timm/resnet18", weights="V1"), "'V1' is neither a file nor DEFAULT.* timm/resnet18.a1_in1k"),
+        (ModelConfig("vit_b_16", pooling="gem"), "gem: vit_b_16 does not end in the mean of a feature map"),
+        (ModelConfig("vgg11", pooling="max"), "max: vgg11 does not end in the mean of a feature map"),
         (ModelConfig(backbone="resnet19"), "unknown --model.backbone 'resnet19'; torchvision has: .*resnet18"),
         (ModelConfig(backbone="squeezenet1_0"), "squeezenet1_0 ends in .*, not in a linear layer"),
         (

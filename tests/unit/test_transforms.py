@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nsl_dist.config import DataConfig
-from nsl_dist.data.transforms import augment, decode, eval_transform, normalise, resize
+from nsl_dist.data.transforms import augment, crop_draws, decode, eval_transform, normalise, random_crop, resize
 from tests.conftest import encode
 
 RNG = np.random.default_rng(0)
@@ -36,6 +36,30 @@ def test_augmentation_does_not_depend_on_the_number_of_workers(config: DataConfi
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, augment(images, range(80), config, seed=1, step=3))
+
+
+def test_random_crops_do_not_depend_on_the_number_of_workers() -> None:
+    config = DataConfig(image_size=28, crop_area=0.16)
+    ramp = torch.arange(120, dtype=torch.uint8).repeat(90, 1)[None].repeat(3, 1, 1)  # its pixels say where they were
+    draws = crop_draws(range(80), config, seed=1, step=2)
+    assert draws is not None
+    crops = torch.stack([random_crop(ramp, each, config) for each in draws])
+    second_half = crop_draws(range(40, 80), config, seed=1, step=2)
+    assert second_half is not None
+    assert torch.equal(random_crop(ramp, second_half[0], config), crops[40])
+    images = augment(crops, range(80), config, seed=1, step=2)
+    assert images.shape == (80, 3, 28, 28)
+    assert all(torch.equal(image, crop) or torch.equal(image, crop.flip(2)) for image, crop in zip(images, crops))  # noqa: B905
+    widths = (crops[:, 0, 0, -1].int() - crops[:, 0, 0, 0].int()) / 120  # shares of the ramp, less than a pixel's
+    assert 0.3 < widths.min() < 0.5  # sqrt(0.16 x 3/4), at the image's own ratio of 4/3 less
+    assert 0.85 < widths.max() <= 1
+    assert crops[:, 0, 0, 0].min() < 10
+
+
+def test_a_whole_crop_is_the_image() -> None:
+    config = DataConfig(image_size=28, crop_area=1.0)
+    square = decode(encode(SMOOTH))[:, :40, :40]
+    assert torch.equal(random_crop(square, torch.tensor([0.3, 0.5, 0.2, 0.9]), config), resize(square, 28))
 
 
 def test_both_ways_of_cropping_agree() -> None:
