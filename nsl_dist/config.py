@@ -26,8 +26,9 @@ class DataConfig:
     class, the first half of them for training. None: recognised by its files."""
     batch_size: int = 80
     """Images in a global batch, over all workers."""
-    images_per_class: int = 5
-    """Images of each class in a batch, drawn with replacement; batch-size / images-per-class distinct classes."""
+    images_per_class: int | None = 5
+    """Images of each class in a batch, drawn with replacement; batch-size / images-per-class distinct classes. None:
+    distinct images, whatever their classes."""
     image_size: int = 64
     """Edge of the square crop that the model sees, pixels."""
     crop_ratio: float = 0.875
@@ -51,11 +52,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_damaged_shards >= 0, f"--data.max-damaged-shards {self.max_damaged_shards} must be >= 0")
-        _require(self.images_per_class >= 1, f"--data.images-per-class {self.images_per_class} must be at least 1")
+        multiple = self.images_per_class or 1
+        _require(multiple >= 1, f"--data.images-per-class {multiple} must be at least 1")
         _require(
-            self.batch_size > 0 and self.batch_size % self.images_per_class == 0,
-            f"--data.batch-size {self.batch_size} is not a positive multiple of --data.images-per-class "
-            f"{self.images_per_class}",
+            self.batch_size > 0 and self.batch_size % multiple == 0,
+            f"--data.batch-size {self.batch_size} is not a positive multiple of --data.images-per-class {multiple}",
         )
         _require(self.image_size >= 8, f"--data.image-size {self.image_size} must be at least 8 pixels")
         _require(0 < self.crop_ratio <= 1, f"--data.crop-ratio {self.crop_ratio} must be in (0, 1]")
@@ -66,11 +67,6 @@ class DataConfig:
         _require(0 <= self.rotation <= 180, f"--data.rotation {self.rotation} must be in [0, 180] degrees")
         _require(0 <= self.shear <= 45, f"--data.shear {self.shear} must be in [0, 45] degrees")
         _require(0 <= self.max_undecodable <= 1, f"--data.max-undecodable {self.max_undecodable} must be in [0, 1]")
-
-    @property
-    def classes_per_batch(self) -> int:
-        """Distinct classes in a global batch."""
-        return self.batch_size // self.images_per_class
 
     @property
     def resized_edge(self) -> int:
@@ -415,12 +411,13 @@ class TrainConfig:
             low, high = self.worker_range
             _require(1 <= low <= high, f"--num-workers {self.num_workers} must be at least 1, and the fewest first")
             batch_size, counts = self.data.batch_size, range(low, high + 1)
+            per_class = self.data.images_per_class
             uneven = [count for count in counts if batch_size % count]
             _require(
                 not uneven,
                 f"global batch {batch_size} is not divisible by {', '.join(map(str, uneven))} workers; set "
-                f"--data.batch-size to a multiple of {math.lcm(*counts)} and of --data.images-per-class "
-                f"{self.data.images_per_class}",
+                f"--data.batch-size to a multiple of {math.lcm(*counts)}"
+                + (f" and of --data.images-per-class {per_class}" if per_class is not None else ""),
             )
         if self.run_name is not None:
             _require(

@@ -1,5 +1,6 @@
 """The class-balanced plan: (seed, step) -> classes and images. Pure numbers; no I/O, no workers."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ class ClassBalancedPlan:
     Attributes:
         class_sizes: images of each class, `[num_classes]`.
         batch_size: images in a global batch.
-        images_per_class: images of each class in a batch, drawn with replacement.
+        images_per_class: images of each class in a batch, drawn with replacement; None: distinct images of any classes.
         seed: with the step, all that a batch depends on.
         left_out: labels that no batch has, ascending.
 
@@ -29,12 +30,12 @@ class ClassBalancedPlan:
 
     class_sizes: NDArray[np.int64]
     batch_size: int
-    images_per_class: int
+    images_per_class: int | None
     seed: int
     left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_classes - len(self.left_out) < self.classes_per_batch:
+        if self.images_per_class and self.num_classes - len(self.left_out) < self.classes_per_batch:
             raise ValueError(
                 f"a batch of {self.batch_size} images with {self.images_per_class} of each class needs "
                 f"{self.classes_per_batch} classes, but the training split has "
@@ -53,17 +54,29 @@ class ClassBalancedPlan:
 
     @property
     def classes_per_batch(self) -> int:
-        """Distinct classes in a global batch."""
-        return self.batch_size // self.images_per_class
+        """Distinct classes in a global batch, at most."""
+        return self.batch_size // (self.images_per_class or 1)
 
     @property
     def steps_per_epoch(self) -> int:
         """Iterations in an epoch: floor(images / batch)."""
         return int(self.class_sizes.sum()) // self.batch_size
 
+    @functools.cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """One past the last image of each class, in one numbering of all that are not left out."""
+        sizes = self.class_sizes.copy()
+        sizes[list(self.left_out)] = 0
+        return np.cumsum(sizes)
+
     def batch(self, step: int) -> PlannedBatch:
         """Draw the global batch of a step."""
         rng = np.random.default_rng((self.seed, step))
+        if self.images_per_class is None:
+            ends = self._ends
+            images = rng.choice(ends[-1], size=self.batch_size, replace=False)
+            labels = np.searchsorted(ends, images, side="right")
+            return PlannedBatch(labels=labels, indices=images - ends[labels] + self.class_sizes[labels])
         classes = rng.choice(self.num_classes - len(self.left_out), size=self.classes_per_batch, replace=False)
         # The number of classes kept before each one left out: those from there on move up.
         kept_before = np.array(self.left_out, dtype=np.int64) - np.arange(len(self.left_out))

@@ -342,7 +342,7 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
     train, test = manifest.splits["train"], manifest.splits[query]
     rows = Partition(train["num_classes"], 0, fewest).rows_per_rank
     checkpoint = newest_checkpoint(run_dir)
-    proxies = config.proxies
+    proxies, per_class = config.proxies, config.data.images_per_class
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
     numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
     mib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**20
@@ -367,8 +367,11 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
         "proxies": f"{train['num_classes']:,} x {config.model.dim}, {sampled} sampled in each iteration; each worker "
         f"keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed on "
         f"{config.device if proxies.placement == 'device' else proxies.placement}",
-        "batches": f"{config.data.classes_per_batch} classes x {config.data.images_per_class} images = "
-        f"{config.data.batch_size}, "
+        "batches": (
+            f"{config.data.batch_size // per_class} classes x {per_class} images = {config.data.batch_size}, "
+            if per_class is not None
+            else f"{config.data.batch_size} images of any classes, "
+        )
         + (f"{config.data.batch_size // most} to " if most > fewest else "")
         + f"{config.data.batch_size // fewest} on each worker",
         "schedule": f"{first_phase}{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = "

@@ -30,6 +30,20 @@ def test_batches_follow_the_papers_rule() -> None:
         assert (batch.indices >= 0).all()
 
 
+def test_batches_of_any_classes_have_each_image_once_and_all_alike() -> None:
+    any_classes = plan(images_per_class=None, left_out=(3, 11))
+    counts = np.zeros((len(SIZES), SIZES.max()), dtype=int)
+    for step in range(400):
+        batch = any_classes.batch(step)
+        assert (batch.indices < SIZES[batch.labels]).all()
+        assert len(set(zip(batch.labels.tolist(), batch.indices.tolist(), strict=True))) == 20
+        np.add.at(counts, (batch.labels, batch.indices), 1)
+    assert not counts[[3, 11]].any()
+    drawn = counts[np.arange(SIZES.max()) < np.where(np.isin(np.arange(len(SIZES)), (3, 11)), 0, SIZES)[:, None]]
+    assert len(drawn) == SIZES.sum() - 22
+    assert 0.7 < drawn.min() / drawn.mean() <= drawn.max() / drawn.mean() < 1.3
+
+
 def test_steps_and_seeds_differ_and_repeat() -> None:
     assert (plan().batch(5).labels == plan().batch(5).labels).all()
     assert (plan().batch(5).indices != plan().batch(6).indices).any()
