@@ -114,12 +114,7 @@ class Tracker:
             ValueError: MLflow does not know the parent.
 
         """
-        experiment = config.tracking.experiment or manifest.layout
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            experiment_id = self._client.create_experiment(experiment, artifact_location=self._artifacts)
-        else:
-            experiment_id = found.experiment_id
+        experiment_id = self._experiment(config.tracking.experiment or manifest.layout)
         tags = {"cluster": cluster} | {f"version.{name}": version(name) for name in PACKAGES}
         if git_commit is not None:
             tags[MLFLOW_GIT_COMMIT] = git_commit
@@ -128,6 +123,12 @@ class Tracker:
             tags[MLFLOW_PARENT_RUN_ID] = config.tracking.parent
         self._create_run(experiment_id, str(config.run_name), tags, manifest, context="training")
         self._log_params(flatten(config) | {"data.digest": manifest.digest})
+
+    def start_study(self, experiment: str, *, name: str, params: dict[str, Any]) -> None:
+        """Create the run that trainings are children of."""
+        run = self._client.create_run(self._experiment(experiment), run_name=name, tags=resolve_tags())
+        self.run_id = run.info.run_id
+        self._log_params(params)
 
     def start_evaluation(self, config: EvaluateConfig, manifest: "Manifest", *, parent: str, name: str) -> None:
         """Create the run of an evaluation of its own, as a child of that of the training, and in its experiment.
@@ -162,6 +163,13 @@ class Tracker:
             raise ValueError(
                 f"{self.uri} has no MLflow run {run_id} ({error}); give the storage or tracking URI of its training"
             ) from error
+
+    def _experiment(self, name: str) -> str:
+        """Return the id of an experiment, which is made if it is new."""
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self._client.create_experiment(name, artifact_location=self._artifacts))
 
     def _create_run(
         self, experiment_id: str, name: str, tags: dict[str, str], manifest: "Manifest", *, context: str

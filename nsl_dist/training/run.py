@@ -72,8 +72,12 @@ RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
 LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, report: bool = True) -> dict[str, Any]:
     """Train and evaluate; show progress and results; return what is written to `results.json`.
+
+    Args:
+        config: of the run.
+        report: write `report.html` too.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -95,10 +99,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = _as_started(config, run_dir)
     opening = ThreadPoolExecutor(1).submit(_open_tracking, config, run_dir)  # takes as long as starting Ray
     _refuse_to_train_again(config, run_dir, opening)
-    _refuse_to_change(config, run_dir)
+    refuse_to_change(config, run_dir)
     _, most_workers = config.worker_range or (1, 1)
     check_index(config.eval, config.model.dim)
-    cluster.connect(num_cpus=_cpus_needed(config, most_workers))
+    cluster.connect(num_cpus=cpus_needed(config, most_workers))
     tracked = opening.result()  # a wrong URI comes out before nodes are asked for
     phases = Phases(began=cluster.submitted_at() or called_at)
     phases.end("job, Ray and MLflow")
@@ -156,15 +160,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "left_out_shards": left_out_shards(run_dir),
             "config": dataclasses.asdict(config),
         }
-        report = write_report(
-            run_dir,
-            results,
-            name=str(config.run_name),
-            config=config,
-            manifest=manifest,
-            history=tracked.history(curves(results), run_id=tracked.run_id),
-        )
-        for path, text in report.items():
+        files = {}
+        if report:
+            files = write_report(
+                run_dir,
+                results,
+                name=str(config.run_name),
+                config=config,
+                manifest=manifest,
+                history=tracked.history(curves(results), run_id=tracked.run_id),
+            )
+        for path, text in files.items():
             tracked.log_file(path, text)
         content = json.dumps(results, indent=1)
         tracked.log_file(RESULTS_FILE, content)
@@ -178,7 +184,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise
     if config.tracking.register is not None:
         _register(config.tracking.register, storage.join(run_dir, BEST), tracked)
-    _show_results(results, run_dir, tracked.uri, has_report=bool(report))
+    _show_results(results, run_dir, tracked.uri, has_report=bool(files))
     return results
 
 
@@ -246,7 +252,7 @@ def _refuse_to_train_again(config: TrainConfig, run_dir: str, opening: "Future[T
         raise ValueError(f"run {config.run_name} is finished: see {run_dir}/{RESULTS_FILE}; choose another --run-name")
 
 
-def _refuse_to_change(config: TrainConfig, run_dir: str) -> None:
+def refuse_to_change(config: TrainConfig, run_dir: str) -> None:
     """Refuse to go on with a run that was started with what would make another run of it.
 
     Raises:
@@ -281,7 +287,7 @@ def _worker_resources(config: TrainConfig) -> dict[str, float]:
     return {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
 
 
-def _cpus_needed(config: TrainConfig, num_workers: int) -> int:
+def cpus_needed(config: TrainConfig, num_workers: int) -> int:
     """Return the CPUs that a run needs: its training workers' and those beside."""
     return num_workers * config.cpus_per_worker + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
 

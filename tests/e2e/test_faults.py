@@ -31,7 +31,7 @@ from nsl_dist.data.transforms import augment
 from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
 from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.checkpoint import Checkpointer
-from nsl_dist.training.run import _as_started, _drop_damaged_record, _refuse_to_change, _start_tracking, train
+from nsl_dist.training.run import _as_started, _drop_damaged_record, _start_tracking, refuse_to_change, train
 from nsl_dist.training.step import TrainingStep
 from tests.conftest import write_sop
 from tests.distributed.test_step import write
@@ -225,7 +225,7 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     config = TrainConfig(run_name="x", num_workers=1, optim=OptimConfig(lr=0.01))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     free = dataclasses.replace(config, num_workers=2, device="cpu", max_failures=7)
-    _refuse_to_change(free, str(tmp_path))
+    refuse_to_change(free, str(tmp_path))
     run_dir = tmp_path / "runs" / "x"
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(free) | {"threads": 3}))
@@ -235,10 +235,10 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     assert _as_started(dataclasses.replace(open_to_cluster, num_workers=4), str(run_dir)).num_workers == 4
     changed = dataclasses.replace(config, optim=OptimConfig(lr=0.02), proxies=ProxyConfig(sample_rate=0.1))
     with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; give the same"):
-        _refuse_to_change(changed, str(tmp_path))
+        refuse_to_change(changed, str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"margin": 0.1}))
     with pytest.raises(ValueError, match=r"config.json is of another release of nsl_dist: .* 'margin'"):
-        _refuse_to_change(free, str(tmp_path))
+        refuse_to_change(free, str(tmp_path))
 
 
 def test_other_data_is_refused(tmp_path: Path, cluster: None) -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "nsl_dist"
 LAYERS = {
     "config": 0, "storage": 0, "device": 0, "progress": 0, "mapped": 0, "cluster": 1,
     "recipes": 2, "data": 2, "model": 2, "proxies": 2, "runs": 2, "commandline": 3, "embedder": 3, "tracking": 4,
-    "onnx_export": 4, "retrieval": 5, "pyfunc": 6, "training": 6,
+    "onnx_export": 4, "retrieval": 5, "pyfunc": 6, "training": 6, "ablation": 7,
 }  # fmt: skip
 
 

@@ -1,0 +1,218 @@
+"""A study run on a cluster by Ray Tune: each trial is a training like any other, child of one MLflow run."""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from typing import Any
+
+import ray
+from ray import tune
+
+from nsl_dist import cluster, storage
+from nsl_dist.ablation.studies import STUDIES, Study
+from nsl_dist.ablation.summary import Outcome, draw, summarise
+from nsl_dist.config import TrainConfig, flatten
+from nsl_dist.data.shards import layout_of, open_data
+from nsl_dist.progress import duration, output, show_results
+from nsl_dist.runs import MLFLOW_ID_FILE, RESULTS_FILE, TrainingError, run_folder
+from nsl_dist.tracking.tracker import Tracker
+from nsl_dist.training.run import cpus_needed, refuse_to_change, train
+
+TRIALS_AT_ONCE_HERE = 2  # on this machine alone: one starts or is evaluated while the other trains
+
+
+def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: int | None) -> dict[str, Any]:
+    """Train every setting of a study with every seed, compare them, and write table, figure and findings.
+
+    Trainings that are finished are not done again, and those that were interrupted go on, when the study is called
+    again with its `base.run_name`.
+
+    Args:
+        name: of the study.
+        base: what all its settings have in common; `run_name` is that of the study.
+        seeds: at least two tell differences from chance.
+        at_once: trials; None: as many as the cluster has room for, on this machine alone two.
+
+    Returns:
+        What is written to `results.json`.
+
+    Raises:
+        FileNotFoundError: the data is not there.
+        ValueError: configuration, data or storage cannot give this study; nothing was trained.
+        TrainingError: trials failed.
+
+    """
+    run_name = base.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = dataclasses.replace(base, storage=storage.absolute(base.storage), run_name=run_name)
+    study = STUDIES[name](base)
+    folder = storage.join(base.storage, "studies", run_name)
+    storage.check_writable(base.storage)
+    tracker = Tracker(base.tracking.uri, storage_root=base.storage)
+    needed = cpus_needed(study.arms[0].config, (base.worker_range or (1, 1))[1])
+    cluster.connect(num_cpus=needed * (at_once or TRIALS_AT_ONCE_HERE))
+    layout = layout_of(base.data.root, base.data.layout) if base.data.root is not None else "sop"
+    manifest = open_data(
+        base.data.root, layout=layout, storage_root=base.storage, max_undecodable=base.data.max_undecodable
+    )
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, root=manifest.root))
+    _start_tracking(tracker, base, layout, folder, study=name)
+    base = dataclasses.replace(base, tracking=dataclasses.replace(base.tracking, parent=tracker.run_id))
+
+    at_once = at_once or max(1, cluster.totals()[0] // needed)
+    base = dataclasses.replace(base, threads=base.threads or max(1, (os.cpu_count() or 1) // at_once))
+    trials = _trials(STUDIES[name](base), seeds)
+    for config in trials.values():
+        refuse_to_change(config, run_folder(base.storage, str(config.run_name)))
+    to_do = {name: config for name, config in trials.items() if not _is_finished(config)}
+    print(
+        f"     study  {run_name}: {study.title}\n"
+        f"    trials  {len(study.arms)} settings x {len(seeds)} seeds = {len(trials)}, {at_once} at a time"
+        f"{f'; {len(trials) - len(to_do)} are finished' if len(to_do) < len(trials) else ''}\n"
+        f"      data  {manifest.root} (digest {manifest.digest[:16]})\n"
+        f"written to  {folder}\n"
+        f"    MLflow  {tracker.uri}, run {tracker.run_id}",
+        flush=True,
+    )
+    try:
+        if to_do:
+            _run_trials(to_do, study_folder=folder, at_once=at_once)
+        outcomes = [_outcome(config, arm, tracker) for arm, config in _by_arm(STUDIES[name](base), seeds)]
+        text, results = summarise(study, outcomes)
+        results |= {"study": name, "config": dataclasses.asdict(base), "seeds": seeds}
+        files = {"summary.md": text, "figure.svg": draw(study, outcomes), RESULTS_FILE: json.dumps(results, indent=1)}
+        for path, content in files.items():
+            storage.write_bytes(storage.join(folder, path), content.encode())
+            tracker.log_file(path, content)
+        tracker.finish(status="FINISHED")
+    except BaseException:
+        tracker.finish(status="FAILED")
+        raise
+    show_results(f"\n{text}\nfigure:  {folder}/figure.svg\nresults: {folder}/{RESULTS_FILE}", results)
+    return results
+
+
+def _start_tracking(tracker: Tracker, base: TrainConfig, layout: str, folder: str, *, study: str) -> None:
+    location = storage.join(folder, MLFLOW_ID_FILE)
+    if storage.exists(location):
+        tracker.resume(storage.read_bytes(location).decode())
+        return
+    tracker.start_study(
+        base.tracking.experiment or layout, name=str(base.run_name), params={"study": study} | flatten(base)
+    )
+    storage.write_bytes(location, tracker.run_id.encode())
+
+
+def _by_arm(study: Study, seeds: tuple[int, ...]) -> list[tuple[str, TrainConfig]]:
+    return [
+        (arm.name, dataclasses.replace(arm.config, seed=seed, run_name=f"{arm.config.run_name}-{arm.name}-seed-{seed}"))
+        for seed in seeds  # all settings with the first seed come first, so that one sees early where it goes
+        for arm in study.arms
+    ]
+
+
+def _trials(study: Study, seeds: tuple[int, ...]) -> dict[str, TrainConfig]:
+    return {str(config.run_name): config for _, config in _by_arm(study, seeds)}
+
+
+def _results_of(config: TrainConfig) -> str:
+    return storage.join(run_folder(config.storage, str(config.run_name)), RESULTS_FILE)
+
+
+def _is_finished(config: TrainConfig) -> bool:
+    return storage.exists(_results_of(config))
+
+
+def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: int) -> None:
+    """Run trials to their ends; those that fail do not stop the others.
+
+    Raises:
+        TrainingError: some failed.
+
+    """
+    filesystem, path = storage.resolve(storage.join(study_folder, "tune"))
+    tuner = tune.Tuner(
+        # A trial's training reserves what it needs itself; Tune wants to reserve something.
+        tune.with_resources(tune.with_parameters(_trial, trials=trials), {"memory": 2**20}),
+        param_space={"run_name": tune.grid_search(list(trials))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once,
+            trial_name_creator=lambda trial: trial.config["run_name"],
+            trial_dirname_creator=lambda trial: trial.config["run_name"],
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[_Show(trials)],
+        ),
+    )
+    tuner.fit()
+    failed = [name for name, config in trials.items() if not _is_finished(config)]
+    if failed:
+        study = study_folder.rpartition("/")[2]
+        raise TrainingError(
+            f"{len(failed)} of {len(trials)} trials did not end: {', '.join(failed)}; the same command with --run-name "
+            f"{study} goes on with them"
+        )
+
+
+def _trial(params: dict[str, Any], *, trials: dict[str, TrainConfig]) -> None:
+    def drive(config: TrainConfig) -> None:
+        with output("quiet"):
+            train(config, report=False)
+
+    # In a task outside what Tune has reserved, where the training would have to find room.
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(drive)
+    cluster.get(task.remote(trials[params["run_name"]]))
+    tune.report({"finished": True})
+
+
+class _Show(tune.Callback):
+    """A line for each trial that ends."""
+
+    def __init__(self, trials: dict[str, TrainConfig]) -> None:
+        self._trials = trials
+        self._started = time.monotonic()
+        self._num_done = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+        """Say what came out, and how long the others will take."""
+        self._num_done += 1
+        name = trial.config["run_name"]
+        results = json.loads(storage.read_bytes(_results_of(self._trials[name])))
+        recall = ", ".join(f"{kind} {100 * by_k['1']:.1f}" for kind, by_k in results["recall"].items())
+        each = (time.monotonic() - self._started) / self._num_done
+        left = duration(each * (len(self._trials) - self._num_done))
+        print(f"{self._num_done}/{len(self._trials)}  {name}: recall@1 {recall}; {left} left", flush=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+        """Say what it failed of; the file that Tune writes has the stack."""
+        self._num_done += 1
+        print(f"{trial.config['run_name']} failed: see {trial.error_file}", flush=True)
+
+
+def _outcome(config: TrainConfig, arm: str, tracker: Tracker) -> Outcome:
+    results = json.loads(storage.read_bytes(_results_of(config)))
+    history = tracker.history(["loss", "recall_at_1_float"], run_id=results["mlflow_run_id"])
+    optim, num_steps = config.optim, results["steps"]
+    steps_per_epoch = num_steps / (optim.epochs + optim.new_layers_epochs)
+    losses = history.get("loss", [])
+    by_epoch: dict[int, list[float]] = {}
+    for step, loss in losses:
+        by_epoch.setdefault(int((step - 1) // steps_per_epoch) + 1, []).append(loss)
+    last = [loss for step, loss in losses if step > 0.9 * num_steps]
+    return Outcome(
+        arm=arm,
+        seed=config.seed,
+        run_name=str(config.run_name),
+        recall={kind: 100 * by_k["1"] for kind, by_k in results["recall"].items()},
+        loss=statistics.mean(last) if last else None,
+        seconds=results["seconds"]["train"] + results["seconds"]["evaluate"],
+        history={
+            "loss": [(epoch, statistics.mean(each)) for epoch, each in by_epoch.items()],
+            "recall": [(step / steps_per_epoch, 100 * share) for step, share in history.get("recall_at_1_float", [])],
+        },
+    )
