@@ -9,8 +9,8 @@ The paper's model on a machine with GPUs:
 
     python jobs/bench_train.py --recipe sop_resnet50 --data.root sop_shards --data.batch-size 80 --steps 300 --json
 
-Beside the flags below it takes those of jobs/train_sop.py. --json prints one object a line, for each part; all else goes
-to stderr. Contestants take turns, each in fresh processes, so that a noisy machine is as noisy for all.
+Beside the flags below it takes those of jobs/train_sop.py. --json prints one object a line, for each part; all else
+goes to stderr. Contestants take turns, each in fresh processes, so that a noisy machine is as noisy for all.
 
 stages: what a batch costs in one process: data stages with one thread, as in the tasks of Ray Data, the others with
 those of a worker. `step` and `batch` are the same work as training does it. The share is that of a step.
@@ -23,8 +23,8 @@ dense softmax over all proxies, a parameter like any other. Model, batches, augm
 are the same, the twin's processes for data at least as many: on every worker the same number.
 
 gpu: steps on tensors that are there already, by precision, memory format, compiler and optimiser; utilisation is
-measured FLOPs of forward and backward by the peak for dense bfloat16. ours: nsl_dist's step, ratio to the like plain one.
-With many classes a tenth of them is sampled; `added` is to the same model without any loss.
+measured FLOPs of forward and backward by the peak for dense bfloat16. ours: nsl_dist's step, with its ratio to the
+plain one that is like it. Of many classes a tenth is sampled; `added` is to the same model without any loss.
 """
 
 import dataclasses
@@ -32,7 +32,6 @@ import functools
 import itertools
 import math
 import os
-import re
 import socket
 import statistics
 import tempfile
@@ -42,45 +41,30 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
 
+import gpu_steps
 import numpy as np
 import ray
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from plain_training import Parts, Trained, Work, settle, summarise, twin_training
 
 from nsl_dist import cluster, storage
 from nsl_dist.commandline import parse_train_config, run_job
-from nsl_dist.config import CheckpointConfig, ProxyConfig, TrackingConfig, TrainConfig, TrainEvalConfig
+from nsl_dist.config import CheckpointConfig, TrackingConfig, TrainConfig, TrainEvalConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
-from nsl_dist.data.shards import Manifest, Split, open_data
-from nsl_dist.data.stream import DATA_NICENESS, fetch, planned_batches
+from nsl_dist.data.shards import Manifest, Split, is_prepared, load_manifest, open_data
+from nsl_dist.data.stream import DATA_NICENESS, planned_batches
 from nsl_dist.data.transforms import augment, decode, normalise, resize
 from nsl_dist.device import autocast_dtype
-from nsl_dist.model import build_model
 from nsl_dist.progress import output, show_results
-from nsl_dist.proxies.counter_random import uniform_rows
 from nsl_dist.training.run import DATA_CPUS, train
-from nsl_dist.training.schedule import Schedule
-from nsl_dist.training.step import TrainingStep
 
 CORES = os.cpu_count() or 1
-# Of dense bfloat16 products, FLOP/s, by what the makers' data sheets say; the first whose words are in the GPU's name.
-PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
-    "L4": 121e12,
-}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -102,110 +86,6 @@ class BenchConfig:
     """Classes of which `gpu` samples a tenth."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """The data and how to train on it, for every contestant."""
-
-    config: TrainConfig
-    plan: ClassBalancedPlan
-    split: Split
-
-    @property
-    def device(self) -> torch.device:
-        """Where to train."""
-        return torch.device(self.config.device)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Phases and learning rates."""
-        return Schedule(self.config.optim, self.plan.steps_per_epoch)
-
-    def images(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, PlannedBatch]:
-        """Make one worker's part of a batch, as a task of the data pipeline does."""
-        part = self.plan.part(step, rank=rank, world_size=world_size)
-        positions = range(rank * len(part.labels), (rank + 1) * len(part.labels))
-        resized = fetch(part, self.split, self.config.data)
-        return augment(resized, positions, self.config.data, seed=self.plan.seed, step=step), part
-
-    def training_step(self, config: TrainConfig, num_classes: int) -> TrainingStep:
-        """Return our step for one worker."""
-        steps = self.plan.steps_per_epoch
-        return TrainingStep(config, num_classes=num_classes, steps_per_epoch=steps, device=self.device)
-
-
-class Parts(Dataset[tuple[Tensor, Tensor]]):
-    """One worker's parts of the batches, by step: images and their classes."""
-
-    def __init__(self, work: Work, rank: int, world_size: int) -> None:
-        self.work, self.rank, self.world_size = work, rank, world_size
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Make one."""
-        images, part = self.work.images(step, rank=self.rank, world_size=self.world_size)
-        return images, torch.from_numpy(part.labels)
-
-    def loader(self, num_steps: int, num_processes: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Make all of them in order, in processes of torch's."""
-        pin = self.work.device.type == "cuda"
-        return DataLoader(
-            self,
-            sampler=range(num_steps),
-            batch_size=None,
-            num_workers=num_processes,
-            persistent_workers=True,
-            prefetch_factor=4,
-            pin_memory=pin,
-        )
-
-
-class Classifier(nn.Module):
-    """The model and a dense normalised softmax, as the loss's authors publish it."""
-
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
-        super().__init__()
-        self.model = build_model(config.model, seed=config.seed)
-        dim = config.model.dim
-        self.proxies = nn.Parameter(uniform_rows(torch.arange(num_classes), dim, bound=dim**-0.5, seed=config.seed))
-        self.temperature = config.proxies.temperature
-
-    def forward(self, images_bCHW: Tensor, labels_b: Tensor) -> Tensor:
-        """Return the loss."""
-        embeddings_bD = self.model(images_bCHW)
-        with torch.autocast(images_bCHW.device.type, enabled=False):
-            logits = embeddings_bD @ F.normalize(self.proxies).T / self.temperature
-            return F.cross_entropy(logits, labels_b)
-
-
-@dataclass
-class PlainStep:
-    """A step as one writes it in plain PyTorch."""
-
-    forward: Callable[[Tensor, Tensor], Tensor]
-    optimizer: torch.optim.SGD
-    dtype: torch.dtype | None
-    memory_format: torch.memory_format = torch.channels_last
-
-    def run(self, images_bCHW: Tensor, labels_b: Tensor) -> Tensor:
-        """Do one step."""
-        images_bCHW = normalise(images_bCHW).contiguous(memory_format=self.memory_format)
-        with torch.autocast(images_bCHW.device.type, self.dtype) if self.dtype else nullcontext():
-            loss = self.forward(images_bCHW, labels_b)
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        return loss.detach()
-
-
-def sgd(classifier: Classifier, config: TrainConfig, *, fused: bool | None = None) -> torch.optim.SGD:
-    """Return the optimiser of model and proxies."""
-    optim = config.optim
-    groups: list[dict[str, Any]] = [
-        {"params": list(classifier.model.parameters()), "lr_scale": 1.0},
-        {"params": [classifier.proxies], "lr_scale": config.proxies.lr_scale},
-    ]
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
-
-
 def _start_together(barrier: Barrier) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what they print, and what Ray's processes do, is not the bench's
     barrier.wait()
@@ -218,12 +98,6 @@ def run_apart(function: Callable[..., Any], *arguments: Any, count: int = 1) -> 
     with ProcessPoolExecutor(count, context, initializer=_start_together, initargs=(barrier,)) as pool:
         futures = [pool.submit(function, rank, *arguments) for rank in range(count)]
         return [future.result() for future in futures]
-
-
-def settle(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def steady_rate(sizes: Iterable[int], warm_up: int) -> float:
@@ -278,7 +152,7 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
         settle(device)
         seconds[stage].append(time.perf_counter() - started)
 
-    threads = config.threads or 1
+    threads = config.threads or CORES
     for step in range(2 + 5 * bench.turns):
         part = work.plan.batch(step)
         with timed("read", 1):
@@ -393,15 +267,6 @@ def data(work: Work, bench: BenchConfig) -> list[Row]:
 # Part 3: whole trainings.
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a training says of its speed after the warm-up."""
-
-    first_loss: float
-    images_per_second: float
-    data_wait_share: float
-
-
 def ray_training(_: int, work: Work, bench: BenchConfig) -> Trained:
     """Train as jobs/train_sop.py does."""
     from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
@@ -416,77 +281,17 @@ def ray_training(_: int, work: Work, bench: BenchConfig) -> Trained:
     history = tracker.history(["loss", "step_seconds", "data_wait_share"], run_id=run_id)
     records = zip(history["step_seconds"], history["data_wait_share"], strict=True)
     windows = [(step, seconds, share) for (step, seconds), (_, share) in records]
-    return summarise(windows, history["loss"][0][1], work, bench)
-
-
-def twin_training(rank: int, work: Work, bench: BenchConfig, world_size: int, port: int) -> Trained:
-    """Train in plain PyTorch."""
-    config, schedule = work.config, work.schedule
-    torch.set_num_threads(config.threads or 1)
-    device = torch.device(config.device, rank) if config.device == "cuda" else work.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=5),
-        )
-    classifier = Classifier(config, work.split.num_classes).to(device)
-    classifier.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = sgd(classifier, config)
-    forward = DistributedDataParallel(classifier, gradient_as_bucket_view=True) if world_size > 1 else classifier
-    plain = PlainStep(forward, optimizer, autocast_dtype(config.precision, device))
-    forward.train()
-
-    loader = Parts(work, rank, world_size).loader(schedule.num_steps, -(-data_cpus(config, world_size) // world_size))
-    batches = iter(loader)
-    windows: list[tuple[int, float, float]] = []
-    first_loss = waited = 0.0
-    read_at, read_step = time.perf_counter(), 0
-    for step in range(schedule.num_steps):
-        wait_started = time.perf_counter()
-        images, labels = next(batches)
-        waited += time.perf_counter() - wait_started
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step) * group["lr_scale"]
-        loss = plain.run(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        if (step + 1) % config.tracking.every == 0 or step + 1 == schedule.num_steps or step == 0:
-            value = loss.item()
-            if step == 0:
-                mean = torch.tensor(value, device=device)
-                if world_size > 1:
-                    dist.all_reduce(mean)
-                first_loss = mean.item() / world_size
-            elapsed, steps = time.perf_counter() - read_at, step + 1 - read_step
-            windows.append((step + 1, elapsed / steps, waited / elapsed))
-            read_at, read_step, waited = time.perf_counter(), step + 1, 0.0
-    if world_size > 1:
-        dist.destroy_process_group()
-    return summarise(windows, first_loss, work, bench)
-
-
-def summarise(windows: list[tuple[int, float, float]], first_loss: float, work: Work, bench: BenchConfig) -> Trained:
-    """Sum up windows of steps, each with its last step, seconds a step and share of waiting, from the warm-up on."""
-    counted = [
-        (step - before, seconds, share)
-        for (before, _, _), (step, seconds, share) in itertools.pairwise(windows)
-        if before >= bench.warm_up
-    ]
-    if not counted:
-        raise ValueError(f"--warm-up {bench.warm_up} leaves nothing of {windows[-1][0]} steps; give more --steps")
-    total = sum(steps * seconds for steps, seconds, _ in counted)
-    num_images = work.plan.batch_size * sum(steps for steps, _, _ in counted)
-    waited = sum(steps * seconds * share for steps, seconds, share in counted)
-    return Trained(first_loss, num_images / total, waited / total)
+    return summarise(windows, history["loss"][0][1], batch_size=work.plan.batch_size, warm_up=bench.warm_up)
 
 
 def data_cpus(config: TrainConfig, workers: int) -> int:
     """Return the CPUs that a training on this machine leaves to its data."""
     return max(DATA_CPUS, CORES - workers * config.cpus_per_worker)
+
+
+def loader_processes(config: TrainConfig, workers: int) -> int:
+    """Return the processes for data of each of the twin's workers, which cannot share them."""
+    return math.ceil(data_cpus(config, workers) / workers)
 
 
 def training(work: Work, bench: BenchConfig) -> list[Row]:
@@ -517,8 +322,9 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            team = run_apart(twin_training, turn_work, bench, workers, port, count=workers)
-            measured[workers, "twin"].append(team[0])
+            processes = loader_processes(config, workers)
+            twin = functools.partial(twin_training, warm_up=bench.warm_up, port=port)
+            measured[workers, "twin"].append(run_apart(twin, turn_work, workers, processes, count=workers)[0])
             for name in ("ours", "twin"):
                 print(f"turn {turn + 1}, {workers} workers, {name}: {measured[workers, name][-1]}", flush=True)
 
@@ -536,9 +342,7 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
             {
                 "implementation": name,
                 "workers": workers,
-                "data_cpus": data_cpus(base, workers)
-                if name == "ours"
-                else -(-data_cpus(base, workers) // workers) * workers,
+                "data_cpus": data_cpus(base, workers) if name == "ours" else workers * loader_processes(base, workers),
                 "images_per_second": rates[workers, name],
                 "lowest": min(each.images_per_second for each in trained),
                 "data_wait_share": statistics.median(each.data_wait_share for each in trained),
@@ -553,133 +357,10 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
 # Part 4: the step on a GPU.
 
 
-def median_seconds(
-    contestants: dict[str, Callable[[int], object]], turns: int, device: torch.device
-) -> dict[str, float]:
-    """Return the median seconds of a step; each turn is of 10, one after the other without a pause."""
-    steps: dict[str, Iterator[int]] = {name: itertools.count() for name in contestants}
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(1 + turns):
-        for name, contestant in contestants.items():
-            settle(device)
-            started = time.perf_counter()
-            for step in itertools.islice(steps[name], 10):
-                contestant(step)
-            settle(device)
-            seconds[name].append((time.perf_counter() - started) / 10)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}  # the first turn compiles
-
-
-def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callable[[int], object]]:
-    """Return plain steps by precision, memory format, compiler and optimiser."""
-    contestants: dict[str, Callable[[int], object]] = {}
-    config, device = work.config, work.device
-    half, last, first = torch.bfloat16, torch.channels_last, torch.contiguous_format
-    for dtype, memory_format, compiled, fused in (
-        (None, first, False, False), (None, last, False, False), (half, first, False, False), (half, last, False, False),
-        (half, last, False, True), (half, last, True, False), (half, last, True, True),
-    ):  # fmt: skip
-        classifier = Classifier(config, work.split.num_classes).to(device).train()
-        classifier.model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        forward = torch.compile(classifier) if compiled else classifier
-        optimizer = sgd(classifier, config, fused=fused or None)
-        plain = PlainStep(forward, optimizer, dtype, memory_format)
-        name = " ".join(
-            ["plain", "bf16" if dtype else "float32", "nhwc" if memory_format is last else "nchw"]
-            + ["compiled"] * compiled + ["fused"] * fused
-        )  # fmt: skip
-        contestants[name] = functools.partial(lambda plain, _: plain.run(images, labels), plain)
-    return contestants
-
-
-def time_gpu(_: int, work: Work, bench: BenchConfig) -> tuple[dict[str, float], int]:
-    """Return median seconds of a step by contestant, and FLOPs of forward and backward."""
-    config, device, batch_size = work.config, work.device, work.plan.batch_size
-    size = config.data.image_size
-    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
-    labels_B = work.plan.batch(0).labels
-    contestants = plain_steps(work, images, torch.from_numpy(labels_B).to(device))
-
-    # As the training loop does it: the next step's proxies are drawn while the device works.
-    def ours(training: TrainingStep, labels: Callable[[int], np.ndarray[Any, Any]], step: int) -> None:
-        training.run(images, labels(step), step=step)
-        training.proxies.prefetch(labels(step + 1), step=step + 1)
-
-    for precision, name in (("float32", "ours float32 nhwc"), ("bfloat16", "ours bf16 nhwc")):
-        like = dataclasses.replace(config, precision=precision)
-        training = work.training_step(like, work.split.num_classes)
-        contestants[name] = functools.partial(ours, training, lambda _: labels_B)
-
-    half = dataclasses.replace(config, precision="bfloat16")
-    many = dataclasses.replace(half, proxies=ProxyConfig(sample_rate=0.1, temperature=config.proxies.temperature))
-    training = work.training_step(many, bench.proxy_classes)
-    contestants["ours many classes"] = functools.partial(
-        ours, training, lambda step: np.random.default_rng(step).integers(0, bench.proxy_classes, batch_size)
-    )
-    lossless = work.training_step(half, work.split.num_classes)
-    gradient = torch.randn(batch_size, config.model.dim, device=device)
-
-    def without_loss(_: int) -> None:
-        assert lossless.optimizer is not None
-        lossless.model.train()
-        with torch.autocast(device.type, torch.bfloat16):
-            embeddings = lossless.model(normalise(images).contiguous(memory_format=torch.channels_last))
-        lossless.optimizer.zero_grad()
-        torch.autograd.backward(embeddings, gradient)
-        lossless.optimizer.step()
-
-    contestants["without loss"] = without_loss
-    classifier = Classifier(config, work.split.num_classes).to(device).train()
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(classifier(normalise(images), torch.from_numpy(labels_B).to(device)))
-    return median_seconds(contestants, bench.turns, device), int(counter.get_total_flops())
-
-
-def decode_rates(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
-    """Return JPEGs decoded a second, by one core and by the GPU."""
-    import torchvision
-
-    encoded = [each for step in range(4) for each in read(work.plan.batch(step), work.split).values()]
-    encoded = [each for each in encoded if each.startswith(b"\xff\xd8")]
-    tensors = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in encoded]
-    mode = torchvision.io.ImageReadMode.RGB
-    contestants: dict[str, Callable[[], object]] = {
-        "decode, one core": lambda: [decode(each) for each in encoded],
-        "decode, GPU": lambda: torchvision.io.decode_jpeg(tensors, mode=mode, device=work.device),
-    }
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _turn in range(1 + bench.turns):
-        for name, contestant in contestants.items():
-            settle(work.device)
-            started = time.perf_counter()
-            contestant()
-            settle(work.device)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: len(encoded) / statistics.median(each[1:]) for name, each in seconds.items()}
-
-
 def gpu(work: Work, bench: BenchConfig) -> list[Row]:
     """Measure part 4."""
-    ((seconds, flops),) = run_apart(time_gpu, work, bench)
-    (decoded,) = run_apart(decode_rates, work, bench)
-    device = torch.cuda.get_device_name()
-    peak = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name.replace(' ', '.*')}\b", device)), None)
-    print(f"{device}: " + (f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "its peak is not known"), flush=True)
-    rows: list[Row] = []
-    for name, each in seconds.items():
-        twin = seconds.get(name.replace("ours", "plain"), each)
-        rows.append(
-            {
-                "step": name,
-                "ms": 1000 * each,
-                "images_per_second": work.plan.batch_size / each,
-                "tflops": flops / each / 1e12,
-                "utilisation": flops / each / peak if peak else None,
-                "ratio_to_plain": twin / each if twin != each else None,
-                "added": each / seconds["without loss"] - 1 if name == "ours many classes" else None,
-            }
-        )
-    return rows + [{"step": name, "images_per_second": rate} for name, rate in decoded.items()]
+    (rows,) = run_apart(gpu_steps.measure, work, bench.turns, bench.proxy_classes)
+    return list(rows)
 
 
 def table(rows: list[Row]) -> str:
@@ -708,10 +389,10 @@ def main() -> None:
         config,
         storage=storage.absolute(config.storage),
         device="cuda" if cuda else "cpu",
-        threads=config.threads,
         optim=dataclasses.replace(config.optim, new_layers_epochs=0),  # whose steps leave the backbone out
     )
-    (manifest,) = run_apart(prepare, config)
+    root = config.data.root
+    (manifest,) = [load_manifest(root)] if root and is_prepared(root) else run_apart(prepare, config)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, root=manifest.root, layout=manifest.layout)
     )
