@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -55,6 +56,8 @@ def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callabl
         (None, first, False, False), (None, last, False, False), (half, first, False, False),
         (half, last, False, False), (half, last, False, True), (half, last, True, False), (half, last, True, True),
     ):  # fmt: skip
+        if compiled and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            continue  # torch.compile needs one
         classifier = Classifier(config, work.split.num_classes).to(device).train()
         classifier.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         forward = torch.compile(classifier) if compiled else classifier
