@@ -384,6 +384,8 @@ def main() -> None:
     config = parse_train_config(rest, description=__doc__ or "")
     if os.environ.get("RAY_ADDRESS") or "://" in config.storage:
         raise ValueError("this measures one machine: leave RAY_ADDRESS out, and give a folder of it as --storage")
+    if bench.steps <= bench.warm_up:
+        raise ValueError(f"--warm-up {bench.warm_up} leaves nothing of --steps {bench.steps}")
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     config = dataclasses.replace(
         config,
@@ -399,13 +401,14 @@ def main() -> None:
     split = manifest.split("train")
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     work = Work(config, plan, split)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
     measures = {"stages": stages, "data": data, "training": training, "gpu": gpu}
     for part in bench.parts:
         if part == "gpu" and not cuda:
             print("gpu is skipped: there is none", flush=True)
             continue
         rows = measures[part](work, bench)
-        show_results(f"\n{part}\n{table(rows)}", {"part": part, "device": config.device, "rows": rows})
+        show_results(f"\n{part} on {device}\n{table(rows)}", {"part": part, "device": device, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ def test_bad_grids_are_refused() -> None:
     result = bench("proxies", "--batch", "15", "--workers", "2")
     assert result.returncode == 2
     assert "--batch 15 is not divisible by 2 workers" in result.stderr
+    result = bench("train", "--steps", "5", "--warm-up", "5")
+    assert result.returncode == 2
+    assert "--warm-up 5 leaves nothing of --steps 5" in result.stderr
 
 
 def test_bench_search() -> None:
