@@ -1,9 +1,12 @@
 """The benchmarks run and say what they promise."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.conftest import write_sop
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +41,9 @@ def test_bad_grids_are_refused() -> None:
     result = bench("proxies", "--batch", "15", "--workers", "2")
     assert result.returncode == 2
     assert "--batch 15 is not divisible by 2 workers" in result.stderr
+    result = bench("train", "--steps", "5", "--warm-up", "5")
+    assert result.returncode == 2
+    assert "--warm-up 5 leaves nothing of --steps 5" in result.stderr
 
 
 def test_bench_search() -> None:
@@ -52,3 +58,33 @@ def test_bench_search() -> None:
         assert (line["num_vectors"], line["num_queries"], line["dim"], line["k"]) == (600, 100, 16, 10)
         assert line["seconds"] >= line["seconds_min"] > 0
         assert line["peak_mb"] > 0
+
+
+def test_bench_train(tmp_path: Path) -> None:
+    root, storage = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8}), tmp_path / "storage"
+    flags = [
+        f"--data.root={root}", f"--storage={storage}", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20",
+        "--proxies.sample-rate=1", "--tracking.every=2", "--device=cpu",
+    ]  # fmt: skip
+    parts = ["--parts", "stages", "data", "training", "--workers", "2"]
+    result = bench("train", *parts, "--turns", "1", "--steps", "14", "--warm-up", "4", *flags, "--json")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["part"], line["device"]) for line in lines] == [
+        ("stages", "cpu"), ("data", "cpu"), ("training", "cpu"),
+    ]  # fmt: skip
+    stages, data, training = (line["rows"] for line in lines)
+    assert [row["stage"] for row in stages] == [
+        "read", "decode", "resize", "augment", "batch", "transfer", "forward", "loss", "backward", "optimiser", "step",
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 and row["share"] > 0 for row in stages)
+    assert stages[-1]["share"] == 1
+    assert [row["pipeline"] for row in data] == ["pure", "ours", "loader"]
+    assert data[0]["ratio_to_pure"] == 1
+    assert all(row["images_per_second"] >= row["lowest"] > 0 for row in data)
+    ours, twin = training
+    assert [(row["implementation"], row["workers"]) for row in training] == [("ours", 2), ("twin", 2)]
+    assert math.isclose(ours["first_loss"], twin["first_loss"], rel_tol=1e-3)
+    assert ours["ratio_to_twin"] == ours["images_per_second"] / twin["images_per_second"] > 0
+    assert all(0 <= row["data_wait_share"] <= 1 for row in training)
+    assert not [*storage.glob("bench_train_*")]

@@ -1,0 +1,415 @@
+r"""Speed of training itself: stages, data pipeline and whole trainings, beside plain PyTorch on the same images.
+
+On two CPU cores, on built-in synthetic products, in a quarter of an hour; then one part of it:
+
+    python jobs/bench_train.py
+    python jobs/bench_train.py --parts data --turns 5
+
+The paper's model on a machine with GPUs:
+
+    python jobs/bench_train.py --recipe sop_resnet50 --data.root sop_shards --data.batch-size 80 --steps 300 --json
+
+Beside the flags below it takes those of jobs/train_sop.py. --json prints one object a line, for each part; all else
+goes to stderr. Contestants take turns, each in fresh processes, so that a noisy machine is as noisy for all.
+
+stages: what a batch costs in one process: data stages with one thread, as in the tasks of Ray Data, the others with
+those of a worker. `step` and `batch` are the same work as training does it. The share is that of a step.
+
+data: the tasks of the data pipeline called on every core without anything around them (pure), our pipeline on as many
+CPUs of Ray, read by a consumer that does nothing, and torch's DataLoader with as many processes.
+
+training: jobs/train_sop.py's training against a twin: DataLoader, DistributedDataParallel and torch.optim.SGD, with a
+dense softmax over all proxies, a parameter like any other. Model, batches, augmentation, threads and initial weights
+are the same, the twin's processes for data at least as many: on every worker the same number.
+
+gpu: steps on tensors that are there already, by precision, memory format, compiler and optimiser; utilisation is
+measured FLOPs of forward and backward by the peak for dense bfloat16. ours: nsl_dist's step, with its ratio to the
+plain one that is like it. Of many classes a tenth is sampled; `added` is to the same model without any loss.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, Literal
+
+import gpu_steps
+import numpy as np
+import ray
+import torch
+import tyro
+from plain_training import Parts, Trained, Work, settle, summarise, twin_training
+
+from nsl_dist import cluster, storage
+from nsl_dist.commandline import parse_train_config, run_job
+from nsl_dist.config import CheckpointConfig, TrackingConfig, TrainConfig, TrainEvalConfig
+from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
+from nsl_dist.data.shards import Manifest, Split, is_prepared, load_manifest, open_data
+from nsl_dist.data.stream import DATA_NICENESS, planned_batches
+from nsl_dist.data.transforms import augment, decode, normalise, resize
+from nsl_dist.device import autocast_dtype
+from nsl_dist.progress import output, show_results
+from nsl_dist.training.run import DATA_CPUS, train
+
+CORES = os.cpu_count() or 1
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured; all other flags are those of jobs/train_sop.py."""
+
+    parts: tuple[Literal["stages", "data", "training", "gpu"], ...] = ("stages", "data", "training", "gpu")
+    """Parts of the benchmark."""
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of training workers."""
+    steps: int = 100
+    """Batches of each turn of `data`; steps of each training, rounded up to whole epochs."""
+    warm_up: int = 20
+    """Of those at the start that do not count: batches wait for the first steps, which are not as fast as the rest."""
+    turns: int = 3
+    """Turns of each contestant; `stages` takes 5 batches and `gpu` 10 steps for each."""
+    proxy_classes: int = 1_000_000
+    """Classes of which `gpu` samples a tenth."""
+
+
+def _start_together(barrier: Barrier) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what they print, and what Ray's processes do, is not the bench's
+    barrier.wait()
+
+
+def run_apart(function: Callable[..., Any], *arguments: Any, count: int = 1) -> list[Any]:
+    """Call `function(rank, *arguments)` in `count` fresh processes that begin together; return what they do."""
+    context = get_context("spawn")
+    barrier = context.Barrier(count)
+    with ProcessPoolExecutor(count, context, initializer=_start_together, initargs=(barrier,)) as pool:
+        futures = [pool.submit(function, rank, *arguments) for rank in range(count)]
+        return [future.result() for future in futures]
+
+
+def steady_rate(sizes: Iterable[int], warm_up: int) -> float:
+    """Return images/s from batches as they come."""
+    batches = iter(sizes)
+    for _ in range(warm_up):
+        next(batches)
+    started = time.perf_counter()
+    num_images = sum(batches)
+    return num_images / (time.perf_counter() - started)
+
+
+def prepare(_: int, config: TrainConfig) -> Manifest:
+    """Open the data set; shard it, or render the synthetic one, the first time."""
+    cluster.connect(num_cpus=1)
+    try:
+        return open_data(
+            config.data.root,
+            layout=config.data.layout,
+            storage_root=config.storage,
+            max_undecodable=config.data.max_undecodable,
+        )
+    finally:
+        ray.shutdown()
+
+
+# Part 1: stages.
+
+
+def read(part: PlannedBatch, split: Split) -> dict[tuple[int, int], bytes]:
+    """Read the images of a part, each once, by class and place in it."""
+    encoded = {}
+    for label in np.unique(part.labels).tolist():
+        bag = split.read_bag(label, ["image"])["image"]
+        for index in np.unique(part.indices[part.labels == label]).tolist():
+            encoded[label, index] = bag[index].as_py()
+    return encoded
+
+
+def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
+    """Return the median seconds of each stage of a batch."""
+    config, device = work.config, work.device
+    apart, whole = (work.training_step(config, work.split.num_classes) for _ in range(2))
+    seconds: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def timed(stage: str, threads: int) -> Iterator[None]:
+        torch.set_num_threads(threads)
+        settle(device)
+        started = time.perf_counter()
+        yield
+        settle(device)
+        seconds[stage].append(time.perf_counter() - started)
+
+    threads = config.threads or CORES
+    for step in range(2 + 5 * bench.turns):
+        part = work.plan.batch(step)
+        with timed("read", 1):
+            encoded = read(part, work.split)
+        with timed("decode", 1):
+            decoded = {key: decode(each) for key, each in encoded.items()}
+        with timed("resize", 1):
+            resized = {key: resize(each, config.data.resized_edge) for key, each in decoded.items()}
+            resized_BCHW = torch.stack([resized[key] for key in zip(*_places(part), strict=True)])
+        with timed("augment", 1):
+            images = augment(resized_BCHW, range(len(resized_BCHW)), config.data, seed=work.plan.seed, step=step)
+        with timed("batch", 1):
+            expected, _part = work.images(step)
+        assert torch.equal(images, expected), "the stages make other images than the data pipeline"
+
+        with timed("transfer", threads):
+            images = images.to(device)
+        with timed("forward", threads):
+            apart.model.train()
+            pixels = normalise(images).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, apart.dtype) if apart.dtype else nullcontext():
+                embeddings = apart.model(pixels)
+        with timed("loss", threads):  # both ways, and the proxies' update, which is part of it
+            leaf = embeddings.detach().requires_grad_()
+            lr = work.schedule.learning_rate(step)
+            loss = apart.proxies.loss(leaf, part.labels, step=step, lr=lr * config.proxies.lr_scale)
+            torch.autograd.backward(loss)
+        with timed("backward", threads):
+            torch.autograd.backward(embeddings, leaf.grad)
+        with timed("optimiser", threads):
+            assert apart.optimizer is not None
+            apart.optimizer.param_groups[0]["lr"] = lr
+            apart.optimizer.step()
+            apart.optimizer.zero_grad()
+        with timed("step", threads):
+            whole_loss = whole.run(images, part.labels, step=step)
+        assert step > 0 or math.isclose(loss.item(), whole_loss.item(), rel_tol=1e-3), "the stages are another step"
+    return {stage: statistics.median(each[2:]) for stage, each in seconds.items()}
+
+
+def _places(part: PlannedBatch) -> tuple[list[int], list[int]]:
+    return part.labels.tolist(), part.indices.tolist()
+
+
+def stages(work: Work, bench: BenchConfig) -> list[Row]:
+    """Measure part 1."""
+    (seconds,) = run_apart(time_stages, work, bench)
+    order = ("read", "decode", "resize", "augment", "batch", "transfer", "forward", "loss", "backward", "optimiser")
+    batch_size = work.plan.batch_size
+    return [
+        {
+            "stage": stage,
+            "ms": 1000 * seconds[stage],
+            "images_per_second": batch_size / seconds[stage],
+            "share": seconds[stage] / seconds["step"],
+        }
+        for stage in (*order, "step")
+    ]
+
+
+# Part 2: the data pipeline alone.
+
+
+def pure_rate(rank: int, work: Work, bench: BenchConfig) -> float:
+    """Return images/s of one process of `CORES`."""
+    os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)  # as the pipeline's, should the machine have other work
+    torch.set_num_threads(1)
+    parts = (len(work.images(step)[0]) for step in range(rank, CORES * bench.steps, CORES))
+    return steady_rate(itertools.islice(parts, bench.steps), bench.warm_up)
+
+
+def loader_rate(_: int, work: Work, bench: BenchConfig) -> float:
+    """Return images/s of torch's DataLoader."""
+    os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
+    loader = Parts(work, 0, 1).loader(bench.steps * CORES, CORES)
+    return steady_rate((len(images) for images, _ in loader), bench.warm_up)
+
+
+def ray_data_rate(_: int, work: Work, bench: BenchConfig) -> float:
+    """Return images/s of our data pipeline."""
+    cluster.connect(num_cpus=CORES)
+    try:
+        plan, config = work.plan, work.config.data
+        last = bench.steps * CORES
+        (shards,) = planned_batches(plan, work.split, config, first_step=0, last_step=last, world_size=1)
+        batches = shards.iter_torch_batches(batch_size=plan.batch_size, prefetch_batches=2)
+        return steady_rate((len(batch["image"]) for batch in batches), bench.warm_up)
+    finally:
+        ray.shutdown()
+
+
+def data(work: Work, bench: BenchConfig) -> list[Row]:
+    """Measure part 2."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(bench.turns):
+        rates["pure"].append(sum(run_apart(pure_rate, work, bench, count=CORES)))
+        rates["ours"] += run_apart(ray_data_rate, work, bench)
+        rates["loader"] += run_apart(loader_rate, work, bench)
+    pure = statistics.median(rates["pure"])
+    return [
+        {
+            "pipeline": name,
+            "cpus": CORES,
+            "images_per_second": statistics.median(each),
+            "lowest": min(each),
+            "ratio_to_pure": statistics.median(each) / pure,
+        }
+        for name, each in rates.items()
+    ]
+
+
+# Part 3: whole trainings.
+
+
+def ray_training(_: int, work: Work, bench: BenchConfig) -> Trained:
+    """Train as jobs/train_sop.py does."""
+    from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
+
+    config = work.config
+    try:
+        with output("quiet"):
+            run_id = train(config)["mlflow_run_id"]
+    finally:
+        ray.shutdown()
+    tracker = Tracker(config.tracking.uri, storage_root=config.storage)
+    history = tracker.history(["loss", "step_seconds", "data_wait_share"], run_id=run_id)
+    records = zip(history["step_seconds"], history["data_wait_share"], strict=True)
+    windows = [(step, seconds, share) for (step, seconds), (_, share) in records]
+    return summarise(windows, history["loss"][0][1], batch_size=work.plan.batch_size, warm_up=bench.warm_up)
+
+
+def data_cpus(config: TrainConfig, workers: int) -> int:
+    """Return the CPUs that a training on this machine leaves to its data."""
+    return max(DATA_CPUS, CORES - workers * config.cpus_per_worker)
+
+
+def loader_processes(config: TrainConfig, workers: int) -> int:
+    """Return the processes for data of each of the twin's workers, which cannot share them."""
+    return math.ceil(data_cpus(config, workers) / workers)
+
+
+def training(work: Work, bench: BenchConfig) -> list[Row]:
+    """Measure part 3."""
+    base = work.config
+    measured: dict[tuple[int, str], list[Trained]] = defaultdict(list)
+    gpus = torch.cuda.device_count() if base.device == "cuda" else max(bench.workers)
+    for workers in [each for each in bench.workers if each > gpus]:
+        print(f"{workers} workers are left out: there are {gpus} GPUs", flush=True)
+    Path(base.storage).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench_train_", dir=base.storage) as folder:
+        for turn, workers in itertools.product(range(bench.turns), bench.workers):
+            if workers > gpus:
+                continue
+            config = dataclasses.replace(
+                base,
+                storage=folder,
+                run_name=f"{workers}-workers-{turn}",
+                num_workers=workers,
+                threads=base.threads or max(1, CORES // workers),
+                optim=dataclasses.replace(base.optim, epochs=math.ceil(bench.steps / work.plan.steps_per_epoch)),
+                checkpoint=CheckpointConfig(every=10**9),
+                eval=TrainEvalConfig(nmi=False),
+                tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", every=base.tracking.every),
+            )
+            turn_work = dataclasses.replace(work, config=config)
+            measured[workers, "ours"] += run_apart(ray_training, turn_work, bench)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            processes = loader_processes(config, workers)
+            twin = functools.partial(twin_training, warm_up=bench.warm_up, port=port)
+            measured[workers, "twin"].append(run_apart(twin, turn_work, workers, processes, count=workers)[0])
+            for name in ("ours", "twin"):
+                print(f"turn {turn + 1}, {workers} workers, {name}: {measured[workers, name][-1]}", flush=True)
+
+    rates = {key: statistics.median(each.images_per_second for each in trained) for key, trained in measured.items()}
+    rows: list[Row] = []
+    for (workers, name), trained in measured.items():
+        twin_loss = measured[workers, "twin"][0].first_loss
+        tolerance = 1e-3 if autocast_dtype(base.precision, work.device) is None else 1e-2
+        if base.proxies.sample_rate == 1 and not math.isclose(trained[0].first_loss, twin_loss, rel_tol=tolerance):
+            raise RuntimeError(
+                f"{workers} workers begin with loss {trained[0].first_loss}, their twin with {twin_loss}"
+            )
+        fewest = min(each for each, _ in measured)
+        rows.append(
+            {
+                "implementation": name,
+                "workers": workers,
+                "data_cpus": data_cpus(base, workers) if name == "ours" else workers * loader_processes(base, workers),
+                "images_per_second": rates[workers, name],
+                "lowest": min(each.images_per_second for each in trained),
+                "data_wait_share": statistics.median(each.data_wait_share for each in trained),
+                "first_loss": trained[0].first_loss,
+                "scaling": rates[workers, name] / rates[fewest, name],
+                "ratio_to_twin": rates[workers, name] / rates[workers, "twin"],
+            }
+        )
+    return rows
+
+
+# Part 4: the step on a GPU.
+
+
+def gpu(work: Work, bench: BenchConfig) -> list[Row]:
+    """Measure part 4."""
+    (rows,) = run_apart(gpu_steps.measure, work, bench.turns, bench.proxy_classes)
+    return list(rows)
+
+
+def table(rows: list[Row]) -> str:
+    """Return rows as an aligned table; a row without a column has a dash in it."""
+
+    def written(value: object) -> str:
+        return "-" if value is None else f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+    names = list(rows[0])
+    cells = [[name.replace("_", " ") for name in names]] + [[written(row.get(name)) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(sized))
+        for sized in (list(zip(row, widths, strict=True)) for row in cells)
+    )
+
+
+def main() -> None:
+    """Measure the parts, print a table of each."""
+    bench, rest = tyro.cli(BenchConfig, description=__doc__, return_unknown_args=True)
+    config = parse_train_config(rest, description=__doc__ or "")
+    if os.environ.get("RAY_ADDRESS") or "://" in config.storage:
+        raise ValueError("this measures one machine: leave RAY_ADDRESS out, and give a folder of it as --storage")
+    if bench.steps <= bench.warm_up:
+        raise ValueError(f"--warm-up {bench.warm_up} leaves nothing of --steps {bench.steps}")
+    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    config = dataclasses.replace(
+        config,
+        storage=storage.absolute(config.storage),
+        device="cuda" if cuda else "cpu",
+        optim=dataclasses.replace(config.optim, new_layers_epochs=0),  # whose steps leave the backbone out
+    )
+    root = config.data.root
+    (manifest,) = [load_manifest(root)] if root and is_prepared(root) else run_apart(prepare, config)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, root=manifest.root, layout=manifest.layout)
+    )
+    split = manifest.split("train")
+    plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
+    work = Work(config, plan, split)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    measures = {"stages": stages, "data": data, "training": training, "gpu": gpu}
+    for part in bench.parts:
+        if part == "gpu" and not cuda:
+            print("gpu is skipped: there is none", flush=True)
+            continue
+        rows = measures[part](work, bench)
+        show_results(f"\n{part} on {device}\n{table(rows)}", {"part": part, "device": device, "rows": rows})
+
+
+if __name__ == "__main__":
+    run_job(main, shows_results=True)
