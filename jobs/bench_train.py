@@ -59,7 +59,7 @@ from nsl_dist.config import CheckpointConfig, TrackingConfig, TrainConfig, Train
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import Manifest, Split, is_prepared, load_manifest, open_data
 from nsl_dist.data.stream import DATA_NICENESS, planned_batches
-from nsl_dist.data.transforms import augment, decode, normalise, resize
+from nsl_dist.data.transforms import augment, crop_draws, decode, normalise, random_crop, resize
 from nsl_dist.device import autocast_dtype
 from nsl_dist.progress import output, show_results
 from nsl_dist.training.run import DATA_CPUS, train
@@ -160,10 +160,18 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
         with timed("decode", 1):
             decoded = {key: decode(each) for key, each in encoded.items()}
         with timed("resize", 1):
-            resized = {key: resize(each, config.data.resized_edge) for key, each in decoded.items()}
-            resized_BCHW = torch.stack([resized[key] for key in zip(*_places(part), strict=True)])
+            places = list(zip(part.labels.tolist(), part.indices.tolist(), strict=True))
+            whole_batch, seed = range(len(places)), work.plan.seed
+            crops = crop_draws(whole_batch, config.data, seed=seed, step=step)
+            if crops is None:
+                resized = {key: resize(each, config.data.resized_edge) for key, each in decoded.items()}
+                resized_BCHW = torch.stack([resized[key] for key in places])
+            else:
+                resized_BCHW = torch.stack(
+                    [random_crop(decoded[key], each, config.data) for key, each in zip(places, crops, strict=True)]
+                )
         with timed("augment", 1):
-            images = augment(resized_BCHW, range(len(resized_BCHW)), config.data, seed=work.plan.seed, step=step)
+            images = augment(resized_BCHW, whole_batch, config.data, seed=seed, step=step)
         with timed("batch", 1):
             expected, _part = work.images(step)
         assert torch.equal(images, expected), "the stages make other images than the data pipeline"
@@ -191,10 +199,6 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
             whole_loss = whole.run(images, part.labels, step=step)
         assert step > 0 or math.isclose(loss.item(), whole_loss.item(), rel_tol=1e-3), "the stages are another step"
     return {stage: statistics.median(each[2:]) for stage, each in seconds.items()}
-
-
-def _places(part: PlannedBatch) -> tuple[list[int], list[int]]:
-    return part.labels.tolist(), part.indices.tolist()
 
 
 def stages(work: Work, bench: BenchConfig) -> list[Row]:

@@ -24,7 +24,7 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import Split
 from nsl_dist.data.stream import fetch
-from nsl_dist.data.transforms import augment, normalise
+from nsl_dist.data.transforms import augment, crop_draws, normalise
 from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.proxies.counter_random import uniform_rows
@@ -54,8 +54,9 @@ class Work:
         """Make one worker's part of a batch, as a task of the data pipeline does."""
         part = self.plan.part(step, rank=rank, world_size=world_size)
         positions = range(rank * len(part.labels), (rank + 1) * len(part.labels))
-        resized = fetch(part, self.split, self.config.data)
-        return augment(resized, positions, self.config.data, seed=self.plan.seed, step=step), part
+        config, seed = self.config.data, self.plan.seed
+        fetched = fetch(part, self.split, config, crop_draws(positions, config, seed=seed, step=step))
+        return augment(fetched, positions, config, seed=seed, step=step), part
 
     def training_step(self, config: TrainConfig, num_classes: int) -> TrainingStep:
         """Return our step for one worker."""
@@ -97,13 +98,14 @@ class Classifier(nn.Module):
         dim = config.model.dim
         self.proxies = nn.Parameter(uniform_rows(torch.arange(num_classes), dim, bound=dim**-0.5, seed=config.seed))
         self.temperature = config.proxies.temperature
+        self.label_smoothing = config.proxies.label_smoothing
 
     def forward(self, images_bCHW: Tensor, labels_b: Tensor) -> Tensor:
         """Return the loss."""
         embeddings_bD = self.model(images_bCHW)
         with torch.autocast(images_bCHW.device.type, enabled=False):
             logits = embeddings_bD @ F.normalize(self.proxies).T / self.temperature
-            return F.cross_entropy(logits, labels_b)
+            return F.cross_entropy(logits, labels_b, label_smoothing=self.label_smoothing)
 
 
 @dataclass
