@@ -23,12 +23,13 @@ POLL_SECONDS = 0.5
 SHOW_SECONDS = 10.0
 
 
-def connect(*, num_cpus: int) -> None:
+def connect(*, num_cpus: int, show_workers: bool = True) -> None:
     """Connect to the cluster of `ray job submit` or RAY_ADDRESS; without one start Ray on this machine, on loopback.
 
     Args:
         num_cpus: logical CPUs that the work needs; a local Ray gets as many even on a machine with fewer cores, which
             then share them.
+        show_workers: show what is printed by processes other than this one.
 
     """
     quiet_ray_data()
@@ -36,7 +37,11 @@ def connect(*, num_cpus: int) -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         # The environment of its processes is the cluster's, not that of `nsl_dist/__init__.py`.
-        ray.init(logging_level="warning", runtime_env={"env_vars": {"RAY_DATA_LOG_LEVEL": "WARNING"}})
+        ray.init(
+            logging_level="warning",
+            log_to_driver=show_workers,
+            runtime_env={"env_vars": {"RAY_DATA_LOG_LEVEL": "WARNING"}},
+        )
         return
     ray.init(
         address="local",
@@ -44,6 +49,7 @@ def connect(*, num_cpus: int) -> None:
         include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="warning",
+        log_to_driver=show_workers,
     )
 
 

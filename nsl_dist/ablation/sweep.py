@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import time
 from typing import Any
@@ -15,12 +16,13 @@ from nsl_dist.ablation.studies import STUDIES, Study
 from nsl_dist.ablation.summary import Outcome, draw, summarise
 from nsl_dist.config import TrainConfig, flatten
 from nsl_dist.data.shards import layout_of, open_data
-from nsl_dist.progress import duration, output, show_results
-from nsl_dist.runs import MLFLOW_ID_FILE, RESULTS_FILE, TrainingError, run_folder
+from nsl_dist.progress import duration, show_results
+from nsl_dist.runs import MLFLOW_ID_FILE, RESULTS_FILE, StoppedError, TrainingError, run_folder
 from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.run import cpus_needed, refuse_to_change, train
 
 TRIALS_AT_ONCE_HERE = 2  # on this machine alone: one starts or is evaluated while the other trains
+IDLE_SECONDS = 120  # that processes of a Ray started here wait for more work: they have imported what takes seconds
 
 
 def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: int | None) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     Raises:
         FileNotFoundError: the data is not there.
         ValueError: configuration, data or storage cannot give this study; nothing was trained.
+        StoppedError: by Ctrl-C.
         TrainingError: trials failed.
 
     """
@@ -50,8 +53,9 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     folder = storage.join(base.storage, "studies", run_name)
     storage.check_writable(base.storage)
     tracker = Tracker(base.tracking.uri, storage_root=base.storage)
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
     needed = cpus_needed(study.arms[0].config, (base.worker_range or (1, 1))[1])
-    cluster.connect(num_cpus=needed * (at_once or TRIALS_AT_ONCE_HERE))
+    cluster.connect(num_cpus=needed * (at_once or TRIALS_AT_ONCE_HERE), show_workers=False)
     layout = layout_of(base.data.root, base.data.layout) if base.data.root is not None else "sop"
     manifest = open_data(
         base.data.root, layout=layout, storage_root=base.storage, max_undecodable=base.data.max_undecodable
@@ -86,8 +90,8 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
             storage.write_bytes(storage.join(folder, path), content.encode())
             tracker.log_file(path, content)
         tracker.finish(status="FINISHED")
-    except BaseException:
-        tracker.finish(status="FAILED")
+    except BaseException as error:
+        tracker.finish(status="KILLED" if isinstance(error, StoppedError) else "FAILED")
         raise
     show_results(f"\n{text}\nfigure:  {folder}/figure.svg\nresults: {folder}/{RESULTS_FILE}", results)
     return results
@@ -128,6 +132,7 @@ def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: i
     """Run trials to their ends; those that fail do not stop the others.
 
     Raises:
+        StoppedError: by Ctrl-C.
         TrainingError: some failed.
 
     """
@@ -138,6 +143,7 @@ def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: i
         param_space={"run_name": tune.grid_search(list(trials))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once,
+            reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["run_name"],
             trial_dirname_creator=lambda trial: trial.config["run_name"],
         ),
@@ -149,24 +155,19 @@ def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: i
             callbacks=[_Show(trials)],
         ),
     )
-    tuner.fit()
-    failed = [name for name, config in trials.items() if not _is_finished(config)]
-    if failed:
-        study = study_folder.rpartition("/")[2]
-        raise TrainingError(
-            f"{len(failed)} of {len(trials)} trials did not end: {', '.join(failed)}; the same command with --run-name "
-            f"{study} goes on with them"
-        )
+    found = tuner.fit()
+    left = sum(not _is_finished(config) for config in trials.values())
+    goes_on = f"the same command with --run-name {study_folder.rpartition('/')[2]} goes on with them"
+    if left > found.num_errors:
+        raise StoppedError(signal.SIGINT, f"the study was stopped with {left} of {len(trials)} trials to do; {goes_on}")
+    if left:
+        raise TrainingError(f"{left} of {len(trials)} trials failed; {goes_on}")
 
 
 def _trial(params: dict[str, Any], *, trials: dict[str, TrainConfig]) -> None:
-    def drive(config: TrainConfig) -> None:
-        with output("quiet"):
-            train(config, report=False)
-
     # In a task outside what Tune has reserved, where the training would have to find room.
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(drive)
-    cluster.get(task.remote(trials[params["run_name"]]))
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(train)
+    cluster.get(task.remote(trials[params["run_name"]], of_study=True))
     tune.report({"finished": True})
 
 

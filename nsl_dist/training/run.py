@@ -72,12 +72,12 @@ RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
 LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
 
 
-def train(config: TrainConfig, *, report: bool = True) -> dict[str, Any]:
+def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
     """Train and evaluate; show progress and results; return what is written to `results.json`.
 
     Args:
         config: of the run.
-        report: write `report.html` too.
+        of_study: one of many, which writes no report and does not monitor the nodes.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -139,7 +139,7 @@ def train(config: TrainConfig, *, report: bool = True) -> dict[str, Any]:
             phases.end("untrained evaluation")
 
         started = time.monotonic()
-        rates = _fit(config, manifest, tracked, run_dir, schedule, phases)
+        rates = _fit(config, manifest, tracked, run_dir, schedule, phases, monitor_nodes=not of_study)
         checkpoint = find_checkpoint(run_dir)
         seconds["train"] = time.monotonic() - started
 
@@ -161,7 +161,7 @@ def train(config: TrainConfig, *, report: bool = True) -> dict[str, Any]:
             "config": dataclasses.asdict(config),
         }
         files = {}
-        if report:
+        if not of_study:
             files = write_report(
                 run_dir,
                 results,
@@ -392,7 +392,14 @@ def _announce(config: TrainConfig, manifest: Manifest, schedule: Schedule, run_d
 
 
 def _fit(
-    config: TrainConfig, manifest: Manifest, tracked: "Tracker", run_dir: str, schedule: Schedule, phases: Phases
+    config: TrainConfig,
+    manifest: Manifest,
+    tracked: "Tracker",
+    run_dir: str,
+    schedule: Schedule,
+    phases: Phases,
+    *,
+    monitor_nodes: bool,
 ) -> list[float]:
     """Train on Ray Train to the last step; return the throughputs on the way, images/s.
 
@@ -446,7 +453,9 @@ def _fit(
         ),
     )
     relay = Relay(progress, tracked, schedule, phases)
-    nodes = NodeMetrics(lambda metrics: progress.put({"step": 0, "node": metrics}))  # the relay knows the step
+    nodes = None
+    if monitor_nodes:
+        nodes = NodeMetrics(lambda metrics: progress.put({"step": 0, "node": metrics}))  # the relay knows the step
 
     def has_left() -> bool:
         if relay.left_at is None:
@@ -476,7 +485,8 @@ def _fit(
                 # Storage failed where Ray Train keeps its own record, which it does not try twice.
                 print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
     finally:
-        nodes.close()
+        if nodes is not None:
+            nodes.close()
         relay.close()
     checkpoint = storage.patiently(lambda: newest_checkpoint(run_dir))
     if stopped_by is not None and (checkpoint is None or step_of(checkpoint) < schedule.num_steps):

@@ -1,0 +1,100 @@
+r"""Train the paper's recipe for a data set, evaluate it, and print our results beside the published ones.
+
+    python jobs/reproduce.py --data.root Stanford_Online_Products
+    python jobs/reproduce.py --data.root cars196 --recipe cars196_resnet50_512
+
+Without --recipe it is ResNet-50 at 2048 dimensions for the layout of the data. All other flags are those of
+jobs/train_sop.py; those that make another recipe of it are named beside the results. --json prints an object a line:
+the results, and the comparison, which is also in published.json of the run's folder.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from nsl_dist.commandline import parse_train_config, run_job
+from nsl_dist.config import TrainConfig, differences
+from nsl_dist.progress import show_results
+from nsl_dist.recipes import FIGURES, RECIPES
+
+
+def recipe_of(arguments: list[str]) -> str:
+    """Return the recipe that the command line names, or that of its data.
+
+    Raises:
+        ValueError: neither is there, or nothing is published of the recipe.
+
+    """
+    from nsl_dist.data.shards import layout_of
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--recipe", "--data.root", "--data.layout", "--layout"):
+        first.add_argument(flag)
+    named = vars(first.parse_known_args(arguments)[0])
+    root, recipe = named["data.root"], named["recipe"]
+    if root is None:
+        raise ValueError("give the folder of the data set, or shards of it, as --data.root")
+    if recipe is None:
+        recipe = f"{layout_of(root, named['data.layout'] or named['layout'])}_resnet50"
+    if recipe not in FIGURES:
+        raise ValueError(f"nothing is published of recipe {recipe}; choose --recipe of {', '.join(FIGURES)}")
+    return str(recipe)
+
+
+def compare(results: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
+    """Return a row for each published figure, all in %; `ours` is None where it was not measured."""
+    rows = []
+    for published in FIGURES[config.recipe]:
+        named = {
+            f"R@{k}": (value, results["recall"][published.kind].get(str(k))) for k, value in published.recall.items()
+        }
+        if published.nmi is not None:
+            named["NMI"] = (published.nmi, results.get("nmi", {}).get(published.kind))
+        for metric, (value, share) in named.items():
+            ours = None if share is None else 100 * share
+            rows.append(
+                {
+                    "source": published.source,
+                    "kind": published.kind,
+                    "metric": metric,
+                    "published": value,
+                    "ours": ours,
+                    "difference": None if ours is None else ours - value,
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]], changed: list[str]) -> str:
+    """Return the comparison for a person."""
+    lines = [f"{'':16}{'':8}{'':8}{'published':>10}{'ours':>8}{'difference':>12}"]
+    for row in rows:
+        ours = f"{row['ours']:8.2f}{row['difference']:+12.2f}" if row["ours"] is not None else f"{'-':>8}{'-':>12}"
+        lines.append(f"{row['source']:16}{row['kind']:8}{row['metric']:8}{row['published']:10.2f}{ours}")
+    if changed:
+        lines.append(f"not the published recipe: {'; '.join(changed)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, train, evaluate, compare."""
+    arguments = sys.argv[1:]
+    recipe = "sop_resnet50" if {"-h", "--help"}.intersection(arguments) else recipe_of(arguments)
+    config = parse_train_config(arguments, description=__doc__ or "", recipe=recipe)
+
+    from nsl_dist import storage
+    from nsl_dist.runs import run_folder
+    from nsl_dist.training.run import train  # after parsing: --help needs neither torch nor Ray
+
+    results = train(config)
+    changed = differences(RECIPES[config.recipe](), config)
+    rows = compare(results, config)
+    found = {"recipe": config.recipe, "changed": changed, "published": rows}
+    location = storage.join(run_folder(storage.absolute(config.storage), results["run_name"]), "published.json")
+    storage.write_bytes(location, json.dumps(found, indent=1).encode())
+    show_results(f"\n{config.recipe}, in %\n{table(rows, changed)}\ncomparison: {location}", found)
+
+
+if __name__ == "__main__":
+    run_job(main, shows_results=True)
