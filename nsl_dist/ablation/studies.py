@@ -40,10 +40,10 @@ class Claim:
         """Return whether it holds: by all seeds, by none, or neither."""
         differences = [self.difference(each) for each in scores]
         held = [difference > self.above for difference in differences]
-        said = "holds" if all(held) else "is not settled by these seeds" if any(held) else "does not hold"
+        said = "holds here" if all(held) else "is not settled by these seeds" if any(held) else "does not hold here"
         mean = sum(differences) / len(differences)
         spread = f"{min(differences):+.1f} to {max(differences):+.1f} over {len(scores)} seeds"
-        return f"{self.text}: {said} here. {self.of}: {mean:+.1f} points ({spread})."
+        return f"{self.text}: {said}. {self.of}: {mean:+.1f} points ({spread})."
 
 
 @dataclass(frozen=True)
