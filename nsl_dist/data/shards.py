@@ -119,7 +119,9 @@ class Split:
         pauses = iter(READ_AGAIN_AFTER)
         while True:
             try:
-                return _open_shard(location).read_row_group(int(self.row_groups[label]), columns=columns)
+                # Handing one column to a pool of threads takes longer than reading it.
+                shard, row_group = _open_shard(location), int(self.row_groups[label])
+                return shard.read_row_group(row_group, columns=columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
                 storage.patiently(lambda: storage.read_bytes(storage.join(self.root, MANIFEST_FILE)))
                 pause = next(pauses, None)

@@ -173,19 +173,22 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tenso
     images = torch.empty(len(part.labels), 3, edge, edge, dtype=torch.uint8)
     for label in np.unique(part.labels).tolist():
         bag = split.read_bag(label, ["image"])["image"]
-        places = np.flatnonzero(part.labels == label)
         # An image drawn twice is decoded once.
-        for index in np.unique(part.indices[places]).tolist():
+        places_of: dict[int, list[int]] = {}
+        for place in np.flatnonzero(part.labels == label).tolist():
+            places_of.setdefault(int(part.indices[place]), []).append(place)
+        for index, places in places_of.items():
             try:
                 image = decode(bag[index].as_py())
             except ValueError as error:  # they were all decoded when the shards were written
                 name = split.shard_names[split.shards[label]]
                 where = f"{split.root}/{name}: image {index} of class {label}"
                 raise DamagedShardError(name, f"{where}: {error}") from error
-            of_image = places[part.indices[places] == index]
             if crops_B4 is None:
-                images[of_image] = resize(image, edge)
+                whole = resize(image, edge)
+                for place in places:
+                    images[place] = whole
             else:
-                for place in of_image.tolist():
+                for place in places:
                     images[place] = random_crop(image, crops_B4[place], config)
     return images
