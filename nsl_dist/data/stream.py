@@ -1,5 +1,6 @@
 """The plan executed by Ray Data: class bags read, decoded and augmented wherever the cluster has CPUs."""
 
+import math
 import os
 import time
 from collections import deque
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 # torch takes seconds to import: only the tasks that decode do, not the coordinator of the split.
 
-BLOCKS_AHEAD = 8  # batches that may wait in the object store, for each worker
+BLOCKS_AHEAD = 16  # that may wait in the object store, for each worker
+BLOCK_BYTES = 4 * 2**20  # of a worker's parts of small batches, made by one task: Ray takes milliseconds for each
 DATA_NICENESS = 10
 
 
@@ -43,7 +45,7 @@ class _Rest(ExecutionCallback):
     """Let the core go after a step of Ray Data's scheduling loop in which nothing happened.
 
     The loop does not wait while finished batches wait for the trainers, which is the usual case: it would spend a core
-    on that, half of a small machine.
+    on that, half of a small machine. Where the trainers wait it waits for tasks, and a pause would delay the next ones.
     """
 
     def __init__(self) -> None:
@@ -53,7 +55,7 @@ class _Rest(ExecutionCallback):
         _yield_to_training()
         metrics = [operator.metrics for operator in executor._topology]
         progress = sum(each.num_tasks_submitted + each.num_task_outputs_generated for each in metrics)
-        if progress == self._progress:
+        if progress == self._progress and not executor._consumer_idling():
             time.sleep(0.05)
         self._progress = progress
 
@@ -70,8 +72,9 @@ def planned_batches(
 ) -> list[ray.data.DataIterator]:
     """Stream every worker's part of the batches `first_step` to `last_step - 1`.
 
-    A block is one worker's part of one step, in the order (step, rank); with order preserved and whole blocks of equal
-    size, the split hands them to the workers in turn. Every row carries its step and rank, for the worker to check.
+    A block is one worker's part of a step, or of several where they are small, in the order (step, rank); with order
+    preserved and whole blocks of equal size, the split hands them to the workers in turn. Every row carries its step
+    and rank, for the worker to check.
 
     Args:
         plan: of the run.
@@ -89,32 +92,38 @@ def planned_batches(
     """
     shared = ray.put((plan, split))
     part_size = plan.batch_size // world_size
-    block_bytes = part_size * 3 * config.image_size**2
+    part_bytes = part_size * 3 * config.image_size**2
+    num_steps = max(1, BLOCK_BYTES // part_bytes)  # of a block, but for the last
 
-    def make_part(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+    def make_block(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+        import torch
+
         from nsl_dist.data.transforms import augment, crop_draws
 
         _yield_to_training()
         plan, split = ray.get(shared)
         (turn,) = rows["turn"].tolist()
-        step, rank = first_step + turn // world_size, turn % world_size
-        part = plan.part(step, rank=rank, world_size=world_size)
+        begin, rank = first_step + turn // world_size * num_steps, turn % world_size
+        steps = range(begin, min(begin + num_steps, last_step))
         positions = range(rank * part_size, (rank + 1) * part_size)
-        fetched = fetch(part, split, config, crop_draws(positions, config, seed=plan.seed, step=step))
-        images = augment(fetched, positions, config, seed=plan.seed, step=step)
+        images = torch.empty(len(steps), part_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        for place, step in enumerate(steps):
+            part = plan.part(step, rank=rank, world_size=world_size)
+            fetched = fetch(part, split, config, crop_draws(positions, config, seed=plan.seed, step=step))
+            images[place] = augment(fetched, positions, config, seed=plan.seed, step=step)
         return {
-            "image": images.numpy(),
-            "step": np.full(part_size, step),
-            "rank": np.full(part_size, rank),
+            "image": images.flatten(0, 1).numpy(),
+            "step": np.repeat(steps, part_size),
+            "rank": np.full(len(steps) * part_size, rank),
         }
 
-    class MakePart:
+    class MakeBlock:
         def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
-            return make_part(rows)
+            return make_block(rows)
 
     cluster.quiet_ray_data()
     context = ray.data.DataContext.get_current().copy()
-    num_blocks = (last_step - first_step) * world_size
+    num_blocks = math.ceil((last_step - first_step) / num_steps) * world_size
     # One block of all turns, of which each task is given its row. ray.data.range would put what each task reads into
     # the object store before the first begins: a minute for 30,000.
     turns = pa.table({"turn": np.arange(num_blocks)})
@@ -123,7 +132,7 @@ def planned_batches(
         RefBundle((entry,), schema=turns.schema, owns_blocks=False, slices=(BlockSlice(turn, turn + 1),))
         for turn in range(num_blocks)
     ]
-    work: dict[str, Any] = {"fn": make_part, "num_cpus": 1, "ray_remote_args_fn": cluster.prefer_cpu_nodes}
+    work: dict[str, Any] = {"fn": make_block, "num_cpus": 1, "ray_remote_args_fn": cluster.prefer_cpu_nodes}
     if not spare_cpus:
         # Ray ends processes beyond a node's CPUs after each task, but not an actor's. To those on a node that is about
         # to be taken away Ray Data gives nothing more to do: so they are on all nodes.
@@ -134,12 +143,14 @@ def planned_batches(
             return {"scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[0], soft=True)}
 
         pool = ray.data.ActorPoolStrategy(size=world_size)
-        work = {"fn": MakePart, "num_cpus": 0, "compute": pool, "ray_remote_args_fn": on_next_node}
+        work = {"fn": MakeBlock, "num_cpus": 0, "compute": pool, "ray_remote_args_fn": on_next_node}
     plan_of_turns = LogicalPlan(InputData(inputs), context)
     dataset = ray.data.Dataset(plan_of_turns, context, DatasetStats(metadata={}, parent=None)).map_batches(
         batch_size=None, **work
     )
+    block_bytes = num_steps * part_bytes
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
+    context.memory_usage_poll_interval_s = None  # asking the kernel each second takes a quarter of a task's time
     context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
     context.execution_options.preserve_order = True

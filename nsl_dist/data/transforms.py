@@ -16,6 +16,7 @@ from torch import Tensor
 from nsl_dist.config import DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow, that strangers may send
+FLOATS_AT_ONCE = 2**20
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -146,9 +147,15 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
         ],
         dim=1,
     )
-    grid = F.affine_grid(matrix_B23, [len(resized_BCHW), 3, size, size], align_corners=False)
-    sampled = F.grid_sample(resized_BCHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return sampled.round_().to(torch.uint8)
+    images_BCHW = torch.empty(len(resized_BCHW), 3, size, size, dtype=torch.uint8)
+    # A few at a time: new memory for the floats of a whole batch costs as much as the work on them.
+    at_once = max(1, FLOATS_AT_ONCE // (3 * edge**2))
+    parts = (each.split(at_once) for each in (resized_BCHW, matrix_B23, images_BCHW))
+    for resized, matrix, images in zip(*parts, strict=True):
+        grid = F.affine_grid(matrix, [len(resized), 3, size, size], align_corners=False)
+        sampled = F.grid_sample(resized.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        images.copy_(sampled.round_())
+    return images_BCHW
 
 
 def normalise(images_BCHW: Tensor) -> Tensor:
