@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import write_sop
 
 ROOT = Path(__file__).parents[2]
@@ -60,30 +62,28 @@ def test_bench_search() -> None:
         assert line["peak_mb"] > 0
 
 
+@pytest.mark.slow
 def test_bench_train(tmp_path: Path) -> None:
     root, storage = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8}), tmp_path / "storage"
     flags = [
-        f"--data.root={root}", f"--storage={storage}", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20",
+        f"--data.root={root}", f"--storage={storage}", "--data.image-size=32", "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.batch-size=20",
         "--proxies.sample-rate=1", "--tracking.every=2", "--device=cpu",
     ]  # fmt: skip
-    parts = ["--parts", "stages", "data", "training", "--workers", "2"]
+    parts = ["--parts", "stages", "training", "--workers", "1"]
     result = bench("train", *parts, "--turns", "1", "--steps", "14", "--warm-up", "4", *flags, "--json")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(line["part"], line["device"]) for line in lines] == [
-        ("stages", "cpu"), ("data", "cpu"), ("training", "cpu"),
+        ("stages", "cpu"), ("training", "cpu"),
     ]  # fmt: skip
-    stages, data, training = (line["rows"] for line in lines)
+    stages, training = (line["rows"] for line in lines)
     assert [row["stage"] for row in stages] == [
         "read", "decode", "resize", "augment", "batch", "transfer", "forward", "loss", "backward", "optimiser", "step",
     ]  # fmt: skip
     assert all(row["ms"] > 0 and row["share"] > 0 for row in stages)
     assert stages[-1]["share"] == 1
-    assert [row["pipeline"] for row in data] == ["pure", "ours", "loader"]
-    assert data[0]["ratio_to_pure"] == 1
-    assert all(row["images_per_second"] >= row["lowest"] > 0 for row in data)
     ours, twin = training
-    assert [(row["implementation"], row["workers"]) for row in training] == [("ours", 2), ("twin", 2)]
+    assert [(row["implementation"], row["workers"]) for row in training] == [("ours", 1), ("twin", 1)]
     assert math.isclose(ours["first_loss"], twin["first_loss"], rel_tol=1e-3)
     assert ours["ratio_to_twin"] == ours["images_per_second"] / twin["images_per_second"] > 0
     assert all(0 <= row["data_wait_share"] <= 1 for row in training)

@@ -1,0 +1,58 @@
+"""A study on a real cluster, and what is left of it when it is called again."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+import ray
+
+from tests.conftest import job, write_sop
+
+
+@pytest.mark.slow
+def test_a_study_trains_what_is_not_trained_yet(tmp_path: Path, monkeypatch, capsys) -> None:
+    ray.shutdown()  # that of other tests, which has not room for two trainings
+    root = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8})
+    flags = [
+        "layer-norm", "--seeds", "0", f"--data.root={root}", f"--storage={tmp_path}", "--run-name=study",
+        "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.image-size=32", "--data.batch-size=20",
+        "--optim.epochs=2", "--tracking.every=2", "--eval.no-nmi",
+    ]  # fmt: skip
+    job(monkeypatch, "ablate", *flags)
+    output = capsys.readouterr().out
+    assert "2 settings x 1 seeds = 2, 2 at a time" in output
+    assert "2/2  study-with" in output
+    folder, runs = tmp_path / "studies" / "study", tmp_path / "runs"
+    study = json.loads((folder / "results.json").read_text())
+    assert [outcome["arm"] for outcome in study["outcomes"]] == ["with", "without"]
+    for outcome in study["outcomes"]:
+        results = json.loads((runs / outcome["run_name"] / "results.json").read_text())
+        assert outcome["recall"] == {kind: 100 * by_k["1"] for kind, by_k in results["recall"].items()}
+        assert [epoch for epoch, _ in outcome["history"]["recall"]] == [1, 2]
+        assert len(outcome["history"]["loss"]) == 2
+        assert results["config"]["model"]["neck"] == {"with": "layer_norm", "without": None}[outcome["arm"]]
+        assert not (runs / outcome["run_name"] / "report.html").exists()
+    assert "LayerNorm raises recall@1: " in (folder / "summary.md").read_text()
+    assert (folder / "figure.svg").read_text().rstrip().endswith("</svg>")
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    tracked = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
+    (parent,) = (run for run in tracked if run.info.run_name == "study")
+    assert {run.data.tags.get("mlflow.parentRunId") for run in tracked} == {None, parent.info.run_id}
+    assert len(tracked) == 3
+    files = [file.path for file in client.list_artifacts(parent.info.run_id)]
+    assert files == ["figure.svg", "results.json", "summary.md"]
+
+    kept = (runs / "study-with-seed-0" / "results.json").stat().st_mtime_ns
+    (runs / "study-without-seed-0" / "results.json").unlink()
+    job(monkeypatch, "ablate", *flags)
+    output = capsys.readouterr().out
+    assert "2 at a time; 1 are finished" in output
+    assert "1/1  study-without" in output
+    assert (runs / "study-with-seed-0" / "results.json").stat().st_mtime_ns == kept
+    assert json.loads((folder / "results.json").read_text())["findings"] == study["findings"]
+    with pytest.raises(SystemExit) as ended:
+        job(monkeypatch, "ablate", *flags, "--optim.lr=0.5")
+    assert ended.value.code == 2
+    assert "run study-with-seed-0 was started otherwise: --optim.lr" in capsys.readouterr().err
