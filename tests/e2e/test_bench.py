@@ -66,8 +66,8 @@ def test_bench_search() -> None:
 def test_bench_train(tmp_path: Path) -> None:
     root, storage = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8}), tmp_path / "storage"
     flags = [
-        f"--data.root={root}", f"--storage={storage}", "--data.image-size=32", "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.batch-size=20",
-        "--proxies.sample-rate=1", "--tracking.every=2", "--device=cpu",
+        f"--data.root={root}", f"--storage={storage}", "--data.image-size=32", "--model.backbone=timm/test_resnet",
+        "--model.dim=16", "--data.batch-size=20", "--proxies.sample-rate=1", "--tracking.every=2", "--device=cpu",
     ]  # fmt: skip
     parts = ["--parts", "stages", "training", "--workers", "1"]
     result = bench("train", *parts, "--turns", "1", "--steps", "14", "--warm-up", "4", *flags, "--json")
