@@ -22,8 +22,8 @@ from tests.distributed.workers import run
 NUM_CLASSES, DIM, EDGE = 41, 64, 32  # classes that neither 2 nor 3 workers share evenly
 EPOCH = 5  # steps: one epoch of the new layers alone, two at the full learning rate, one at a tenth of it
 NUM_STEPS = 4 * EPOCH
-# Of relative errors, both sides in float32: about three times the greatest that were measured over 20 steps, 3.4e-6,
-# 1.4e-4, 1.0e-5, 2.4e-5 and 3.1e-7. A learning rate of the proxies 1% too high moves them by 1e-2 more; weight decay
+# Of relative errors, both sides in float32: about three times the greatest that were seen, 3.4e-6, 1.4e-4, 1.0e-5,
+# 2.4e-5 and 3.1e-7. A learning rate of the proxies 1% too high moves them by 1e-2 more; weight decay
 # 10% too low changes the lengths by 1.3e-6 within 5 steps.
 BOUNDS = {"loss": 1e-5, "gradients": 4e-4, "proxies moved": 3e-5, "proxies' momentum": 1e-4, "lengths": 1e-6}
 
