@@ -64,7 +64,7 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     _start_tracking(tracker, base, layout, folder, study=name)
     base = dataclasses.replace(base, tracking=dataclasses.replace(base.tracking, parent=tracker.run_id))
 
-    at_once = at_once or max(1, cluster.totals()[0] // needed)
+    at_once = at_once or _room(base, cpus=needed)
     base = dataclasses.replace(base, threads=base.threads or max(1, (os.cpu_count() or 1) // at_once))
     trials = _trials(STUDIES[name](base), seeds)
     for config in trials.values():
@@ -95,6 +95,15 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
         raise
     show_results(f"\n{text}\nfigure:  {folder}/figure.svg\nresults: {folder}/{RESULTS_FILE}", results)
     return results
+
+
+def _room(base: TrainConfig, *, cpus: int) -> int:
+    """Return how many trials, of so many CPUs each, the cluster has room for; without a number of workers one has all."""
+    total_cpus, total_gpus = cluster.totals()
+    room = total_cpus // cpus
+    if cluster.settle_device(base.device) == "cuda":
+        room = min(room, total_gpus // base.worker_range[1] if base.worker_range is not None else 1)
+    return max(1, room)
 
 
 def _start_tracking(tracker: Tracker, base: TrainConfig, layout: str, folder: str, *, study: str) -> None:
