@@ -98,7 +98,7 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
 
 
 def _room(base: TrainConfig, *, cpus: int) -> int:
-    """Return how many trials, of so many CPUs each, the cluster has room for; without a number of workers one has all."""
+    """Return how many trials the cluster has room for; without a number of workers one has all of its GPUs."""
     total_cpus, total_gpus = cluster.totals()
     room = total_cpus // cpus
     if cluster.settle_device(base.device) == "cuda":
