@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -85,7 +86,8 @@ def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> 
         "--eval.no-nmi",
     ]  # fmt: skip
     arguments = [f"--data.root={root}", f"--storage={tmp_path}", f"--run-name={run_name}", *small, *flags]
-    with NodesManager() as manager:
+    # Not forked: a copy of a process with threads may wait for a lock for ever.
+    with NodesManager(ctx=multiprocessing.get_context("spawn")) as manager:
         nodes = manager.Nodes(num_nodes)  # type: ignore[attr-defined]
         try:
             with Driver(arguments, address=nodes.address(), log=tmp_path / "log") as driver:
