@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # torch takes seconds to import: only the tasks that decode do, not the coordinator of the split.
 
 BLOCKS_AHEAD = 16  # that may wait in the object store, for each worker
+MOST_STEPS = 16  # of a block, all of which the first step waits for
 BLOCK_BYTES = 4 * 2**20  # of a worker's parts of small batches, made by one task: Ray takes milliseconds for each
 DATA_NICENESS = 10
 
@@ -93,7 +94,7 @@ def planned_batches(
     shared = ray.put((plan, split))
     part_size = plan.batch_size // world_size
     part_bytes = part_size * 3 * config.image_size**2
-    num_steps = max(1, BLOCK_BYTES // part_bytes)  # of a block, but for the last
+    num_steps = min(max(1, BLOCK_BYTES // part_bytes), MOST_STEPS)  # of a block, but for the last
 
     def make_block(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
         import torch

@@ -22,6 +22,7 @@ from ray.util.state import list_tasks
 
 from nsl_dist import cluster
 from nsl_dist.config import DataConfig
+from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
@@ -132,8 +133,9 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
         ray.shutdown()
 
 
-def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tmp_path: Path) -> None:
+def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tmp_path: Path, monkeypatch) -> None:
     ray.shutdown()  # that of other tests
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 1)  # a task for each batch
     dashboard, agent = free_ports(2)
     nodes = Cluster()
     nodes.add_node(num_cpus=0, include_dashboard=True, dashboard_port=dashboard, dashboard_agent_listen_port=agent)
@@ -150,7 +152,7 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
         def decode_somewhere() -> Counter[str]:
             (batches,) = planned_batches(plan, split, config, first_step=0, last_step=30, world_size=1)
             assert sum(len(batch["image"]) for batch in batches.iter_batches(batch_size=20)) == 600
-            decoding: list[Any] = [("name", "=", "MapBatches(make_part)"), ("state", "=", "FINISHED")]
+            decoding: list[Any] = [("name", "=", "MapBatches(make_block)"), ("state", "=", "FINISHED")]
 
             def tasks() -> list[Any]:
                 return list_tasks(address=f"http://127.0.0.1:{dashboard}", filters=decoding, detail=True)
