@@ -57,12 +57,18 @@ def test_a_busy_cluster_is_waited_for(capsys: pytest.CaptureFixture[str]) -> Non
     def busy(seconds: float) -> None:
         time.sleep(seconds)
 
+    def started(seconds: float) -> ray.ObjectRef:
+        reference = busy.remote(seconds)
+        wait_until(lambda: not ray.available_resources().get("CPU"), seconds=30, why=lambda: "it does not begin")
+        return reference
+
     everything = {"training": (cpus, {"CPU": 1.0})}
-    reference = busy.remote(30)
+    reference = started(60)
     with pytest.raises(ValueError, match=rf"without room for {cpus} x training \(1 CPU\), after 0.05 min .* add nodes"):
         cluster.wait_for(everything, minutes=0.05, fix="add nodes")
     ray.cancel(reference, force=True)
-    running = busy.remote(4)
+    wait_until(lambda: ray.available_resources().get("CPU") == cpus, seconds=30, why=lambda: "it does not end")
+    running = started(4)
     cluster.wait_for(everything, minutes=1, fix="add nodes")
     assert ray.get(running, timeout=0.1) is None  # not before it had ended
     assert re.search(r"nodes are there after \d+ s: \d+ CPUs and 0 GPUs on 1 node\n", capsys.readouterr().out)
