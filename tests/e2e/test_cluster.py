@@ -147,7 +147,7 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
     nodes.add_node(num_cpus=0, include_dashboard=True, dashboard_port=dashboard, dashboard_agent_listen_port=agent)
     kinds = {
         nodes.add_node(num_cpus=4, num_gpus=2).node_id: "gpu",
-        (data_node := nodes.add_node(num_cpus=10).node_id): "data",
+        (data_node := nodes.add_node(num_cpus=32).node_id): "data",  # more than there are blocks ahead
     }
     ray.init(address=nodes.address)
     try:
@@ -168,7 +168,7 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
 
         assert decode_somewhere() == {"data": 30}
 
-        @ray.remote(num_cpus=10, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
+        @ray.remote(num_cpus=32, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
         def other_work() -> None:
             time.sleep(120)
 
