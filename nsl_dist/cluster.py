@@ -1,5 +1,6 @@
 """Connecting to Ray: the cluster that a job was submitted to, or one of this machine alone."""
 
+import importlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -66,6 +68,16 @@ def quiet_ray_data() -> None:
 def prefer_cpu_nodes() -> dict[str, Any]:
     """Return options that keep Ray Data's tasks away from nodes with GPUs while others have room; its own do not."""
     return {"scheduling_strategy": "DEFAULT"}
+
+
+def import_whole(module: str) -> None:
+    """Import what a task needs of torch, even if the task is cancelled meanwhile.
+
+    Ray cancels a task by a KeyboardInterrupt in the main thread of its process, which is given other tasks then; torch
+    of which a part is imported fails them all.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(importlib.import_module, module).result()
 
 
 def get(references: Any) -> Any:

@@ -65,7 +65,7 @@ RATES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
 IMAGES_PER_CLASS = (None, 1, 3, 12, 25, 37, 75)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
-EVALUATIONS = 6  # in the course of a training
+EVALUATIONS = 6  # about, in the course of a training
 
 
 def class_sampling(base: TrainConfig) -> Study:
@@ -109,7 +109,7 @@ def layer_norm(base: TrainConfig) -> Study:
 
     On CUB-200-2011 recall@1 reaches about 61 with it and peaks near 56 without.
     """
-    evaluation = replace(base.eval, every=max(1, base.optim.epochs // EVALUATIONS))
+    evaluation = replace(base.eval, every=max(1, round(base.optim.epochs / EVALUATIONS)))
     base = replace(base, eval=evaluation)
     arms = (
         Arm("with", "LayerNorm", "LayerNorm", replace(base, model=replace(base.model, neck="layer_norm"))),

@@ -49,12 +49,13 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     """
     run_name = base.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     base = dataclasses.replace(base, storage=storage.absolute(base.storage), run_name=run_name)
-    study = STUDIES[name](base)
+    first = STUDIES[name](base).arms[0].config  # before anything is started: it says what it cannot be made of
     folder = storage.join(base.storage, "studies", run_name)
     storage.check_writable(base.storage)
     tracker = Tracker(base.tracking.uri, storage_root=base.storage)
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
-    needed = cpus_needed(study.arms[0].config, (base.worker_range or (1, 1))[1])
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own table and advice: `_Show` says what there is to say
+    needed = cpus_needed(first, (base.worker_range or (1, 1))[1])
     cluster.connect(num_cpus=needed * (at_once or TRIALS_AT_ONCE_HERE), show_workers=False)
     layout = layout_of(base.data.root, base.data.layout) if base.data.root is not None else "sop"
     manifest = open_data(
@@ -66,7 +67,9 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
 
     at_once = at_once or _room(base, cpus=needed)
     base = dataclasses.replace(base, threads=base.threads or max(1, (os.cpu_count() or 1) // at_once))
-    trials = _trials(STUDIES[name](base), seeds)
+    study = STUDIES[name](base)
+    by_arm = _by_arm(study, seeds)
+    trials = {str(config.run_name): config for _, config in by_arm}
     for config in trials.values():
         refuse_to_change(config, run_folder(base.storage, str(config.run_name)))
     to_do = {name: config for name, config in trials.items() if not _is_finished(config)}
@@ -82,7 +85,7 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     try:
         if to_do:
             _run_trials(to_do, study_folder=folder, at_once=at_once)
-        outcomes = [_outcome(config, arm, tracker) for arm, config in _by_arm(STUDIES[name](base), seeds)]
+        outcomes = [_outcome(config, arm, tracker) for arm, config in by_arm]
         text, results = summarise(study, outcomes)
         results |= {"study": name, "config": dataclasses.asdict(base), "seeds": seeds}
         files = {"summary.md": text, "figure.svg": draw(study, outcomes), RESULTS_FILE: json.dumps(results, indent=1)}
@@ -123,10 +126,6 @@ def _by_arm(study: Study, seeds: tuple[int, ...]) -> list[tuple[str, TrainConfig
         for seed in seeds  # all settings with the first seed come first, so that one sees early where it goes
         for arm in study.arms
     ]
-
-
-def _trials(study: Study, seeds: tuple[int, ...]) -> dict[str, TrainConfig]:
-    return {str(config.run_name): config for _, config in _by_arm(study, seeds)}
 
 
 def _results_of(config: TrainConfig) -> str:

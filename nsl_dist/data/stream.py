@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.interfaces import BlockSlice, RefBundle
 from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 # torch takes seconds to import: only the tasks that decode do, not the coordinator of the split.
 
 BLOCKS_AHEAD = 16  # that may wait in the object store, for each worker
-MOST_STEPS = 16  # of a block, all of which the first step waits for
-BLOCK_BYTES = 4 * 2**20  # of a worker's parts of small batches, made by one task: Ray takes milliseconds for each
+MOST_STEPS = 32  # of a block, all of which the first step waits for
+BLOCK_BYTES = 24 * 2**20  # of a worker's parts of small batches, made by one task: between tasks a core has no work
+COMPLETION_SECONDS = 0.01  # in which Ray Data sees that a task is done
 DATA_NICENESS = 10
 
 
@@ -42,15 +44,18 @@ def _yield_to_training() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
 
 
-class _Rest(ExecutionCallback):
-    """Let the core go after a step of Ray Data's scheduling loop in which nothing happened.
+class _Pace(ExecutionCallback):
+    """Fit the pace of Ray Data's scheduling loop to that of the trainers.
 
-    The loop does not wait while finished batches wait for the trainers, which is the usual case: it would spend a core
-    on that, half of a small machine. Where the trainers wait it waits for tasks, and a pause would delay the next ones.
+    Its step waits until all tasks that run are done, for 0.1 s at most: so long a core would wait for its next one. And
+    it does not wait while finished batches wait for the trainers, which is the usual case: it would spend a core on
+    that, half of a small machine. So it looks often, and lets the core go after a step in which nothing happened, but
+    not where the trainers wait: a pause would delay the next tasks.
     """
 
     def __init__(self) -> None:
         self._progress = -1
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = COMPLETION_SECONDS
 
     def on_execution_step(self, executor: Any) -> None:
         _yield_to_training()
@@ -97,6 +102,7 @@ def planned_batches(
     num_steps = min(max(1, BLOCK_BYTES // part_bytes), MOST_STEPS)  # of a block, but for the last
 
     def make_block(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
+        cluster.import_whole("nsl_dist.data.transforms")
         import torch
 
         from nsl_dist.data.transforms import augment, crop_draws
@@ -153,7 +159,7 @@ def planned_batches(
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
     context.memory_usage_poll_interval_s = None  # asking the kernel each second takes a quarter of a task's time
     context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Pace]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=BLOCKS_AHEAD * world_size * block_bytes

@@ -107,6 +107,7 @@ def _embed_shards(
     shared = ray.put((splits, [(name, shards[name, shard]) for name, shard in todo]))
 
     def read(task: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+        cluster.import_whole("nsl_dist.data.transforms")
         from nsl_dist.data.transforms import decode, eval_transform
 
         splits, tasks = ray.get(shared)

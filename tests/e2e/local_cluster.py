@@ -65,8 +65,26 @@ class LocalCluster:
         return run(["make", "submit", f"ADDRESS={self.address}", f"ARGS={arguments}"], self.environment)
 
     def ray(self, *command: str) -> tuple[int, str]:
-        as_user = {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.address}
-        return run([str(BIN / "ray"), *command], self.environment | as_user)
+        return run([str(BIN / "ray"), *command], self.environment | self._as_user)
+
+    @contextmanager
+    def submitted(self, name: str, command: list[str]) -> Iterator[Path]:
+        """A job whose output is followed in a file."""
+        log = self.log.with_name(f"{name}.log")
+        submit = [str(BIN / "ray"), "job", "submit", f"--submission-id={name}", "--working-dir=.", "--", *command]
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                submit, cwd=ROOT, env=self.environment | self._as_user, stdout=output, stderr=subprocess.STDOUT
+            )
+            try:
+                yield log
+            finally:
+                process.terminate()  # it may still follow
+                process.wait(60)
+
+    @property
+    def _as_user(self) -> dict[str, str]:
+        return {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.address}
 
     def node_counts(self) -> list[int]:
         """What it has said of the nodes beside the head."""

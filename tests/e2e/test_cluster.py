@@ -274,16 +274,13 @@ def test_a_job_that_is_stopped_writes_a_checkpoint(local: LocalCluster, raw: Pat
         f"--data.root={raw} --storage={tmp_path} --run-name=stopped --data.batch-size=20 --optim.epochs=3000 {SMALL}"
     )
     command = ["python", "jobs/train_sop.py", *flags.split()]
-    local.ray("job", "submit", "--no-wait", "--submission-id=stopped", "--working-dir=.", "--", *command)
-
-    def logs() -> str:
-        return local.ray("job", "logs", "stopped")[1]
-
-    wait_until(lambda: "step 6/" in logs(), seconds=120, why=logs)
-    status, output = local.ray("job", "stop", "stopped")
+    with local.submitted("stopped", command) as log:
+        wait_until(lambda: "step 6/" in log.read_text(), seconds=120, why=log.read_text)
+        status, output = local.ray("job", "stop", "stopped")
     assert (status, "was stopped" in output) == (0, True), output
-    assert "SIGTERM: the workers write a checkpoint and leave" in logs()
-    assert "the same command with --run-name stopped goes on from" in logs()
+    _, output = local.ray("job", "logs", "stopped")
+    assert "SIGTERM: the workers write a checkpoint and leave" in output
+    assert "the same command with --run-name stopped goes on from" in output
     assert newest_checkpoint(str(tmp_path / "runs" / "stopped")) is not None
 
 
