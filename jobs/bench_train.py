@@ -76,8 +76,10 @@ class BenchConfig:
     """Parts of the benchmark."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of training workers."""
+    batches: int = 500
+    """Of each core in a turn of `data`, a fifth of which do not count; many, as our tasks make up to 32 at once."""
     steps: int = 100
-    """Batches of each turn of `data`; steps of each training, rounded up to whole epochs."""
+    """Of each training, rounded up to whole epochs."""
     warm_up: int = 20
     """Of those at the start that do not count: batches wait for the first steps, which are not as fast as the rest."""
     turns: int = 3
@@ -224,15 +226,15 @@ def pure_rate(rank: int, work: Work, bench: BenchConfig) -> float:
     """Return images/s of one process of `CORES`."""
     os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)  # as the pipeline's, should the machine have other work
     torch.set_num_threads(1)
-    parts = (len(work.images(step)[0]) for step in range(rank, CORES * bench.steps, CORES))
-    return steady_rate(itertools.islice(parts, bench.steps), bench.warm_up)
+    parts = (len(work.images(step)[0]) for step in range(rank, CORES * bench.batches, CORES))
+    return steady_rate(parts, bench.batches // 5)
 
 
 def loader_rate(_: int, work: Work, bench: BenchConfig) -> float:
     """Return images/s of torch's DataLoader."""
     os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
-    loader = Parts(work, 0, 1).loader(bench.steps * CORES, CORES)
-    return steady_rate((len(images) for images, _ in loader), bench.warm_up)
+    loader = Parts(work, 0, 1).loader(bench.batches * CORES, CORES)
+    return steady_rate((len(images) for images, _ in loader), bench.batches * CORES // 5)
 
 
 def ray_data_rate(_: int, work: Work, bench: BenchConfig) -> float:
@@ -240,10 +242,10 @@ def ray_data_rate(_: int, work: Work, bench: BenchConfig) -> float:
     cluster.connect(num_cpus=CORES)
     try:
         plan, config = work.plan, work.config.data
-        last = bench.steps * CORES
+        last = bench.batches * CORES
         (shards,) = planned_batches(plan, work.split, config, first_step=0, last_step=last, world_size=1)
         batches = shards.iter_torch_batches(batch_size=plan.batch_size, prefetch_batches=2)
-        return steady_rate((len(batch["image"]) for batch in batches), bench.warm_up)
+        return steady_rate((len(batch["image"]) for batch in batches), last // 5)
     finally:
         ray.shutdown()
 

@@ -84,7 +84,7 @@ class LocalCluster:
 
     @property
     def _as_user(self) -> dict[str, str]:
-        return {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.address}
+        return {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.address, "PYTHONUNBUFFERED": "1"}
 
     def node_counts(self) -> list[int]:
         """What it has said of the nodes beside the head."""
