@@ -390,6 +390,8 @@ def main() -> None:
     config = parse_train_config(rest, description=__doc__ or "")
     if os.environ.get("RAY_ADDRESS") or "://" in config.storage:
         raise ValueError("this measures one machine: leave RAY_ADDRESS out, and give a folder of it as --storage")
+    if bench.batches < 1:
+        raise ValueError(f"--batches {bench.batches} must be at least 1")
     if bench.steps <= bench.warm_up:
         raise ValueError(f"--warm-up {bench.warm_up} leaves nothing of --steps {bench.steps}")
     cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
