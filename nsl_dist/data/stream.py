@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 BLOCKS_AHEAD = 16  # that may wait in the object store, for each worker
 MOST_STEPS = 32  # of a block, all of which the first step waits for
 BLOCK_BYTES = 24 * 2**20  # of a worker's parts of small batches, made by one task: between tasks a core has no work
-COMPLETION_SECONDS = 0.01  # in which Ray Data sees that a task is done
+TASK_CPUS = 0.5  # two share a core: one has work for it while the other ends, or waits to be given the next
+COMPLETION_SECONDS = 0.03  # in which Ray Data sees that a task is done
 DATA_NICENESS = 10
 
 
@@ -139,7 +140,7 @@ def planned_batches(
         RefBundle((entry,), schema=turns.schema, owns_blocks=False, slices=(BlockSlice(turn, turn + 1),))
         for turn in range(num_blocks)
     ]
-    work: dict[str, Any] = {"fn": make_block, "num_cpus": 1, "ray_remote_args_fn": cluster.prefer_cpu_nodes}
+    work: dict[str, Any] = {"fn": make_block, "num_cpus": TASK_CPUS, "ray_remote_args_fn": cluster.prefer_cpu_nodes}
     if not spare_cpus:
         # Ray ends processes beyond a node's CPUs after each task, but not an actor's. To those on a node that is about
         # to be taken away Ray Data gives nothing more to do: so they are on all nodes.
