@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 BLOCKS_AHEAD = 16  # that may wait in the object store, for each worker
 MOST_STEPS = 32  # of a block, all of which the first step waits for
-BLOCK_BYTES = 24 * 2**20  # of a worker's parts of small batches, made by one task: between tasks a core has no work
+BLOCK_BYTES = 24 * 2**20  # of a worker's parts of small batches, made by one task: each costs time to schedule
 TASK_CPUS = 0.5  # two share a core: one has work for it while the other ends, or waits to be given the next
 COMPLETION_SECONDS = 0.03  # in which Ray Data sees that a task is done
 DATA_NICENESS = 10
