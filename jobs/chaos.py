@@ -77,7 +77,7 @@ class Nodes:
             shutdown_at_exit=False,  # which only the main thread can arrange for; `kill_all` does it
             head_node_args={
                 "num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": memory,
-                "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": None,  # the next that is free
+                "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": None,  # the next free one
             },
         )  # fmt: skip
         for _ in range(self._count):

@@ -36,6 +36,7 @@ MOST_STEPS = 32  # of a block, all of which the first step waits for
 BLOCK_BYTES = 24 * 2**20  # of a worker's parts of small batches, made by one task: each costs time to schedule
 TASK_CPUS = 0.5  # two share a core: one has work for it while the other ends, or waits to be given the next
 COMPLETION_SECONDS = 0.03  # in which Ray Data sees that a task is done
+IDLE_SECONDS = 0.25  # in which it looks again where batches wait for the trainers
 DATA_NICENESS = 10
 
 
@@ -63,7 +64,7 @@ class _Pace(ExecutionCallback):
         metrics = [operator.metrics for operator in executor._topology]
         progress = sum(each.num_tasks_submitted + each.num_task_outputs_generated for each in metrics)
         if progress == self._progress and not executor._consumer_idling():
-            time.sleep(0.05)
+            time.sleep(IDLE_SECONDS)
         self._progress = progress
 
 

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 DATA_CPUS = 1
 MID_RUN_EVAL_CPUS = 2
 RESIZE_SECONDS = 30.0  # how often an elastic run looks for nodes that came
+# Of glibc: what one step frees stays for the next, for which the kernel would fill new pages with zeros.
+KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 LEAVE_SECONDS = 10.0  # that a training which was told to stop may take to end once its checkpoint is written
 RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
 LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
@@ -443,6 +445,7 @@ def _fit(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if config.device == "cpu" else {},
             callbacks=[_StopAtLastingErrors()],
         ),
         validation_config=ray.train.ValidationConfig(
