@@ -73,6 +73,8 @@ def _run(config: LocalConfig, directory: Path) -> None:
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=0", "--node-ip-address=127.0.0.1", f"--port={gcs}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={config.port}", f"--dashboard-agent-listen-port={agent}",
         f"--autoscaling-config={file}",
+        # Ray gives jobs to the newest cluster of a folder: in the common one, to any that was started after this.
+        f"--temp-dir={tempfile.gettempdir()}/ray_{config.port}",
     ]  # fmt: skip
     names = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     with log.open("w") as output:
