@@ -24,7 +24,7 @@ def user_environment(home: Path) -> dict[str, str]:
     return outside | {"HOME": str(home)}
 
 
-def run(command: list[str], environment: dict[str, str], *, timeout: float = 240) -> tuple[int, str]:
+def run(command: list[str], environment: dict[str, str], *, timeout: float = 480) -> tuple[int, str]:
     """Run a command at the root of the repository; return its exit status and output."""
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
