@@ -187,7 +187,7 @@ class Driver:
         """Wait until its workers were started that often (see `wait`)."""
         self.wait(lambda: len(self.attempts) >= number, f"its attempt {number}")
 
-    def wait(self, reached: Callable[[], bool], what: str, *, timeout: float = 300) -> None:
+    def wait(self, reached: Callable[[], bool], what: str, *, timeout: float = 600) -> None:
         """Wait until it has reached something.
 
         Raises:

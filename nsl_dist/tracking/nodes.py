@@ -1,6 +1,5 @@
 """CPU, memory, network and GPUs of a cluster's nodes, as MLflow's own monitors measure them."""
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +25,7 @@ class NodeMetrics:
 
     def __init__(self, log: Callable[[dict[str, float]], None]) -> None:
         self._log = log
-        self._monitors: dict[str, Any] = {}
+        self._monitors: dict[str, Any] = {}  # actors, on all nodes but this one
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -39,19 +38,24 @@ class NodeMetrics:
             ray.kill(monitor)
 
     def _run(self) -> None:
+        this_node, this_monitor = ray.get_runtime_context().get_node_id(), _Monitor()
         while not self._closed.wait(EVERY_SECONDS):
             names = _names(cluster.live_nodes())
+            if this_node in names:
+                self._tell(names[this_node], this_monitor.read())
             for gone in self._monitors.keys() - names.keys():
                 del self._monitors[gone]
-            for node in names.keys() - self._monitors.keys():
-                here = NodeAffinitySchedulingStrategy(node, soft=False)
-                self._monitors[node] = ray.remote(num_cpus=0, scheduling_strategy=here)(_Monitor).remote()
+            for node in names.keys() - self._monitors.keys() - {this_node}:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._monitors[node] = ray.remote(num_cpus=0, scheduling_strategy=there)(_Monitor).remote()
             asked = {monitor.read.remote(): names[node] for node, monitor in self._monitors.items()}
-            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+            answered = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)[0] if asked else []
             for answer in answered:
                 with suppress(ray.exceptions.RayActorError):  # its node has just gone
-                    values = ray.get(answer)
-                    self._log({f"system/{asked[answer]}/{name}": value for name, value in values.items()})
+                    self._tell(asked[answer], ray.get(answer))
+
+    def _tell(self, node: str, values: dict[str, float]) -> None:
+        self._log({f"system/{node}/{name}": value for name, value in values.items()})
 
 
 def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
@@ -65,10 +69,9 @@ def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
 
 
 class _Monitor:
-    """An actor on a node."""
+    """Of one node; on all but the driver's an actor."""
 
     def __init__(self) -> None:
-        os.nice(10)  # training goes first
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor

@@ -252,9 +252,10 @@ class _Agreement:
             if write:
                 self._written_at = now
             self._asked_at, self._asked_step = now, step
-            answer = (_Agreed(checkpoint=write, leave=leave), next_step)
-        agreed, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
-        return agreed
+            # Of plain types: Ray Train's actor between the workers would have to import this module, and with it torch.
+            answer = (write, leave, next_step)
+        write, leave, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
+        return _Agreed(checkpoint=write, leave=leave)
 
     def _live_nodes(self) -> set[str]:
         return {node["NodeID"] for node in cluster.live_nodes()} if self._rank == 0 else set()
