@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import ray
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
-from ray.job_submission import JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from nsl_dist.progress import duration
@@ -109,6 +108,8 @@ def submitted_at() -> float | None:
     job_id = job_metadata().get("job_submission_id")
     if job_id is None:
         return None
+    from ray.job_submission import JobSubmissionClient  # with aiohttp, a third of a second for every process
+
     try:
         info = JobSubmissionClient().get_job_info(job_id)
     except ConnectionError:  # the driver is not on the head, on whose loopback the dashboard is

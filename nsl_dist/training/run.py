@@ -57,6 +57,7 @@ from nsl_dist.runs import (
     step_of,
     unsent_file,
 )
+from nsl_dist.training.preflight import check_model
 from nsl_dist.training.relay import Relay
 from nsl_dist.training.schedule import Schedule
 
@@ -110,7 +111,7 @@ def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
     phases.end("job, Ray and MLflow")
     config = _settle(config)
     phases.end("nodes")
-    check = ray.remote(_check_model).remote(config) if newest_checkpoint(run_dir) is None else None
+    check = ray.remote(check_model).remote(config) if newest_checkpoint(run_dir) is None else None
 
     if config.data.root is None:
         print(
@@ -292,24 +293,6 @@ def _worker_resources(config: TrainConfig) -> dict[str, float]:
 def cpus_needed(config: TrainConfig, num_workers: int) -> int:
     """Return the CPUs that a run needs: its training workers' and those beside."""
     return num_workers * config.cpus_per_worker + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
-
-
-def _check_model(config: TrainConfig) -> None:
-    """Build and run the model once, before anything is trained; in a task, since torchvision takes long to import."""
-    import torch
-
-    from nsl_dist.model import build_model
-
-    model = build_model(config.model, seed=config.seed).eval()
-    try:
-        # As whoever loads the checkpoint does: some weights of torchvision come with another size of images.
-        build_model(config.model, seed=config.seed, pretrained=False).load_state_dict(model.state_dict())
-        model(torch.zeros(1, 3, config.data.image_size, config.data.image_size))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--model.backbone {config.model.backbone} does not take images of --data.image-size "
-            f"{config.data.image_size}: {error}; give the size that it was made for"
-        ) from error
 
 
 def _open_tracking(config: TrainConfig, run_dir: str) -> "Tracker":
