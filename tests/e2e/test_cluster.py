@@ -147,7 +147,7 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
     nodes.add_node(num_cpus=0, include_dashboard=True, dashboard_port=dashboard, dashboard_agent_listen_port=agent)
     kinds = {
         nodes.add_node(num_cpus=4, num_gpus=2).node_id: "gpu",
-        (data_node := nodes.add_node(num_cpus=32).node_id): "data",  # more than there are blocks ahead
+        (data_node := nodes.add_node(num_cpus=5).node_id): "data",  # room for more than the 8 tasks
     }
     ray.init(address=nodes.address)
     try:
@@ -155,26 +155,26 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
         split, config = manifest.split("train"), DataConfig(batch_size=20, image_size=16)
         plan = ClassBalancedPlan(split.sizes, config.batch_size, config.images_per_class, 0)
 
-        def decode_somewhere() -> Counter[str]:
-            (batches,) = planned_batches(plan, split, config, first_step=0, last_step=30, world_size=1)
-            assert sum(len(batch["image"]) for batch in batches.iter_batches(batch_size=20)) == 600
+        def decode_somewhere(*, tasks_in_all: int) -> Counter[str]:
+            (batches,) = planned_batches(plan, split, config, first_step=0, last_step=8, world_size=1)
+            assert sum(len(batch["image"]) for batch in batches.iter_batches(batch_size=20)) == 160
             decoding: list[Any] = [("name", "=", "MapBatches(make_block)"), ("state", "=", "FINISHED")]
 
             def tasks() -> list[Any]:
                 return list_tasks(address=f"http://127.0.0.1:{dashboard}", filters=decoding, detail=True)
 
-            wait_until(lambda: len(tasks()) % 30 == 0, seconds=20, why=lambda: str(tasks()))
+            wait_until(lambda: len(tasks()) == tasks_in_all, seconds=20, why=lambda: str(tasks()))
             return Counter(kinds[task.node_id] for task in tasks())
 
-        assert decode_somewhere() == {"data": 30}
+        assert decode_somewhere(tasks_in_all=8) == {"data": 8}
 
-        @ray.remote(num_cpus=32, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
+        @ray.remote(num_cpus=5, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
         def other_work() -> None:
             time.sleep(120)
 
         working = other_work.remote()
         wait_until(lambda: ray.available_resources()["CPU"] == 4, seconds=30, why=lambda: "the other work")
-        assert decode_somewhere() == {"data": 30, "gpu": 30}
+        assert decode_somewhere(tasks_in_all=16) == {"data": 8, "gpu": 8}
         ray.cancel(working, force=True)
     finally:
         ray.shutdown()
