@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import ActorUnschedulableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster
@@ -410,43 +411,65 @@ def open_gallery(
     """
     if embeddings.num_vectors > MOST_IDS:
         raise ValueError(f"{embeddings.num_vectors:,} vectors in one gallery: {MOST_IDS:,} is the most")
-    nodes = [node for node in cluster.live_nodes() if node["Resources"].get("CPU")]  # the head of a cluster has none
+
+    def stop() -> None:
+        for shard in shards:
+            ray.kill(shard)
+
     gpus = num_gpus if "float" in kinds and exact else 0
-    num_shards = min(config.num_shards or gpus or len(nodes), embeddings.num_vectors)
-    gpus = min(gpus, num_shards)
+    shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
+    try:
+        while True:
+            try:
+                block_sizes = cluster.get([shard.load.remote() for shard in shards])
+                break
+            except (RayActorError, ActorUnschedulableError):
+                # An idle node that an autoscaler takes away just then is a node less, no reason to fail.
+                if hosts <= {node["NodeID"] for node in cluster.live_nodes()}:
+                    raise
+                stop()
+                shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
+        if not exact:
+            cluster.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
+        # A quarter of the memory for the neighbours of the blocks in flight: keys from each shard, again in the object
+        # store, merged, and as ids, similarities, masks and copies while ties are settled.
+        row_bytes = (k + MARGIN) * (16 * len(shards) + 48) + embeddings.dim * 8
+        memory = config.memory_budget * 2**30
+        block_size = int(min(*block_sizes, max(1, memory / 4 / BLOCKS_IN_FLIGHT // row_bytes)))
+        yield Gallery(embeddings, shards, cuts, exact, block_size)
+    finally:
+        stop()
+
+
+def _start_shards(
+    embeddings: EmbeddingSet, kinds: tuple[Kind, ...], config: EvalConfig, *, num_gpus: int
+) -> tuple[list[Any], list[int], set[str]]:
+    """Return actors on the nodes that are there now, where their shards begin and end, and the ids of the nodes."""
+    nodes = cluster.live_nodes()
+    nodes = [node for node in nodes if node["Resources"].get("CPU")] or nodes  # a cluster's head has none
+    num_shards = min(config.num_shards or num_gpus or len(nodes), embeddings.num_vectors)
+    num_gpus = min(num_gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
-    hosts = [node for node in nodes if node["Resources"].get("GPU")] if gpus else nodes
+    hosts = [node["NodeID"] for node in nodes if node["Resources"].get("GPU") or not num_gpus]
     shards_on_a_node = -(-num_shards // max(1, len(hosts)))
-    memory = config.memory_budget * 2**30
     threads = {"blocks": BLOCKS_IN_FLIGHT, "search": BLOCKS_IN_FLIGHT - 1, "ties": 1}
     actor = ray.remote(num_cpus=0, concurrency_groups=threads)(GalleryShard)
     shards = [
         actor.options(
-            num_gpus=1 if place < gpus else 0,
+            num_gpus=1 if place < num_gpus else 0,
             scheduling_strategy="SPREAD"
-            if place < gpus
-            else NodeAffinitySchedulingStrategy(hosts[place % len(hosts)]["NodeID"], soft=True),
+            if place < num_gpus
+            else NodeAffinitySchedulingStrategy(hosts[place % len(hosts)], soft=False),
         ).remote(
             embeddings,
             range(start, stop),
             kinds,
             shards_on_a_node=shards_on_a_node,
-            memory_bytes=memory / shards_on_a_node,
+            memory_bytes=config.memory_budget * 2**30 / shards_on_a_node,
         )
         for place, (start, stop) in enumerate(itertools.pairwise(cuts))
     ]
-    try:
-        block_sizes = cluster.get([shard.load.remote() for shard in shards])
-        if not exact:
-            cluster.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
-        # A quarter of the memory for the neighbours of the blocks in flight: keys from each shard, again in the object
-        # store, merged, and as ids, similarities, masks and copies while ties are settled.
-        row_bytes = (k + MARGIN) * (16 * num_shards + 48) + embeddings.dim * 8
-        block_size = int(min(*block_sizes, max(1, memory / 4 / BLOCKS_IN_FLIGHT // row_bytes)))
-        yield Gallery(embeddings, shards, cuts, exact, block_size)
-    finally:
-        for shard in shards:
-            ray.kill(shard)
+    return shards, cuts, set(hosts)
 
 
 def search(

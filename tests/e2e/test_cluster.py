@@ -5,6 +5,7 @@ import http.server
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -21,12 +23,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_tasks
 
 from nsl_dist import cluster
-from nsl_dist.config import DataConfig
+from nsl_dist.config import DataConfig, EvalConfig
 from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
-from nsl_dist.runs import newest_checkpoint
+from nsl_dist.retrieval import search
 from tests.conftest import write_sop
 from tests.e2e.local_cluster import (
     BIN,
@@ -39,6 +41,7 @@ from tests.e2e.local_cluster import (
     user_environment,
     wait_until,
 )
+from tests.e2e.test_search import DIM, NUM, brute_force, tied, write
 
 SSHD = shutil.which("sshd") or shutil.which("/usr/sbin/sshd")
 SMALL = "--data.image-size=16 --model.dim=16 --tracking.every=2"
@@ -181,6 +184,42 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
         nodes.shutdown()
 
 
+def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monkeypatch) -> None:
+    ray.shutdown()  # that of other tests
+    nodes = Cluster()
+    nodes.add_node(num_cpus=0)
+    workers = [nodes.add_node(num_cpus=1) for _ in range(2)]
+    start_shards, num_shards = search._start_shards, []
+
+    def place_of(_: search.GalleryShard) -> tuple[str, int]:
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def lose_a_node(*arguments: Any, **settings: Any) -> tuple[list[Any], list[int], set[str]]:
+        started = start_shards(*arguments, **settings)
+        if not num_shards:
+            process_on = dict(ray.get([shard.__ray_call__.remote(place_of) for shard in started[0]]))
+            assert process_on.keys() == {worker.node_id for worker in workers}
+            nodes.remove_node(workers[0], allow_graceful=False)
+            os.kill(process_on[workers[0].node_id], signal.SIGKILL)
+            wait_until(lambda: len(cluster.live_nodes()) == 2, seconds=60, why=lambda: str(ray.nodes()))
+        num_shards.append(len(started[0]))
+        return started
+
+    monkeypatch.setattr(search, "_start_shards", lose_a_node)
+    ray.init(address=nodes.address)
+    wait_until(lambda: ray.available_resources().get("CPU") == 2, seconds=30, why=lambda: "the nodes")
+    try:
+        vectors = tied(NUM, DIM, np.random.default_rng(0))
+        embeddings = write(tmp_path, vectors)
+        with search.open_gallery(embeddings, ("float",), EvalConfig(), k=10, num_gpus=0) as gallery:
+            (found,) = search.search(embeddings, gallery, "float", lambda _, ids: ids, k=10, blocks=[range(NUM)])
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert num_shards == [2, 1]
+    np.testing.assert_array_equal(found, brute_force(vectors, vectors, 10, kind="float", own=True))
+
+
 @dataclass(frozen=True)
 class SSHMachine:
     """This machine as one that is reached by SSH, with a home of its own on either side."""
@@ -269,19 +308,23 @@ def test_a_job_that_no_node_has_room_for_is_refused(local: LocalCluster, raw: Pa
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_job_that_is_stopped_writes_a_checkpoint(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
-    flags = (
-        f"--data.root={raw} --storage={tmp_path} --run-name=stopped --data.batch-size=20 --optim.epochs=3000 {SMALL}"
+def test_a_job_that_is_stopped_has_time_to_write_a_checkpoint(local: LocalCluster) -> None:
+    """Ray kills it after 3 seconds, where it is not told otherwise."""
+    job = (
+        "import signal, time\n"
+        "def leave(*_):\n"
+        "    time.sleep(8)\n"
+        "    raise SystemExit(print('left in order', flush=True))\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "print('it runs', flush=True)\n"
+        "time.sleep(480)\n"
     )
-    command = ["python", "jobs/train_sop.py", *flags.split()]
-    with local.submitted("stopped", command) as log:
-        wait_until(lambda: "step 6/" in log.read_text(), seconds=480, why=log.read_text)
+    with local.submitted("stopped", ["python", "-c", job]) as log:
+        wait_until(lambda: "\nit runs" in log.read_text(), seconds=120, why=log.read_text)
         status, output = local.ray("job", "stop", "stopped")
     assert (status, "was stopped" in output) == (0, True), output
     _, output = local.ray("job", "logs", "stopped")
-    assert "SIGTERM: the workers write a checkpoint and leave" in output
-    assert "the same command with --run-name stopped goes on from" in output
-    assert newest_checkpoint(str(tmp_path / "runs" / "stopped")) is not None
+    assert "\nleft in order" in output, output
 
 
 def test_a_submission_without_the_token_is_refused(local: LocalCluster) -> None:
