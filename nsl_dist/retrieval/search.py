@@ -454,6 +454,7 @@ def _start_shards(
     shards_on_a_node = -(-num_shards // max(1, len(hosts)))
     threads = {"blocks": BLOCKS_IN_FLIGHT, "search": BLOCKS_IN_FLIGHT - 1, "ties": 1}
     actor = ray.remote(num_cpus=0, concurrency_groups=threads)(GalleryShard)
+    # Hard affinity: by any other Ray places actors that reserve nothing at random, on the head as well.
     shards = [
         actor.options(
             num_gpus=1 if place < num_gpus else 0,
