@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from nsl_dist.progress import duration
 
 OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
-ROOM_SECONDS = 2.0  # in which Ray finds room that is there
+ROOM_SECONDS = 5.0  # in which Ray finds room that is there
 POLL_SECONDS = 0.5
 SHOW_SECONDS = 10.0
 
@@ -184,7 +184,9 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
             state = reply.autoscaling_state
             if free_since is None or _is_busy():  # a cluster that is busy with other work is worth waiting for
                 free_since = reply.cluster_resource_state.cluster_resource_state_version
-            if _is_refused(group, state) and state.last_seen_cluster_resource_state_version > free_since:
+            refused = _is_refused(group, state) and state.last_seen_cluster_resource_state_version > free_since
+            # The autoscaler may have looked just as Ray was taking what had become free.
+            if refused and not group.wait(ROOM_SECONDS):
                 raise ValueError(f"the cluster has {described()} and can add no nodes for {asked}; {fix}")
             now = time.monotonic()
             if now - started > 60 * minutes:
