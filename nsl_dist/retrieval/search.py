@@ -417,9 +417,10 @@ def open_gallery(
             ray.kill(shard)
 
     gpus = num_gpus if "float" in kinds and exact else 0
-    shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
+    shards: list[Any] = []
     try:
         while True:
+            shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
             try:
                 block_sizes = cluster.get([shard.load.remote() for shard in shards])
                 break
@@ -428,7 +429,6 @@ def open_gallery(
                 if hosts <= {node["NodeID"] for node in cluster.live_nodes()}:
                     raise
                 stop()
-                shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
         if not exact:
             cluster.get([shard.approximate.remote(config.index, config.index_parameters) for shard in shards])
         # A quarter of the memory for the neighbours of the blocks in flight: keys from each shard, again in the object

@@ -11,7 +11,7 @@ from tests.conftest import job, write_sop
 
 
 @pytest.mark.slow
-def test_a_study_trains_what_is_not_trained_yet(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_study_trains_each_setting_once(tmp_path: Path, monkeypatch, capsys) -> None:
     ray.shutdown()  # that of other tests, which has not room for two trainings
     root = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8})
     flags = [
