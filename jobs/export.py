@@ -44,7 +44,7 @@ def main() -> None:
     if config.register is None and config.onnx is None:
         raise ValueError("nothing to do: give --register NAME, --onnx FILE or both")
 
-    from nsl_dist.runs import MLFLOW_ID_FILE, RUN_FILE  # after parsing: --help needs no pyarrow
+    from nsl_dist.run import MLFLOW_ID_FILE, RUN_FILE  # after parsing: --help needs no pyarrow
 
     if config.onnx is not None:
         from nsl_dist.onnx_export import export_onnx

@@ -84,8 +84,8 @@ def main() -> None:
     config = parse_train_config(arguments, description=__doc__ or "", recipe=recipe)
 
     from nsl_dist import storage
-    from nsl_dist.runs import run_folder
-    from nsl_dist.training.run import train  # after parsing: --help needs neither torch nor Ray
+    from nsl_dist.run import run_folder
+    from nsl_dist.training.train import train  # after parsing: --help needs neither torch nor Ray
 
     results = train(config)
     changed = differences(RECIPES[config.recipe](), config)

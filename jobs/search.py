@@ -27,11 +27,13 @@ def main() -> None:
     config = tyro.cli(SearchConfig, description=__doc__)
 
     if config.query:
-        from nsl_dist.retrieval.searcher import print_neighbours  # after parsing: --help needs neither torch nor Ray
+        from nsl_dist.retrieval.image_search import (
+            print_neighbours,  # after parsing: --help needs neither torch nor Ray
+        )
 
         print_neighbours(config)
         return
-    from nsl_dist.retrieval.service import run
+    from nsl_dist.retrieval.http_service import run
 
     run(config)
 

@@ -16,7 +16,7 @@ def main() -> None:
     """Parse, train, evaluate."""
     config = parse_train_config(sys.argv[1:], description=__doc__ or "", recipe="cub200_resnet50", layout="cub200")
 
-    from nsl_dist.training.run import train  # after parsing: --help needs neither torch nor Ray
+    from nsl_dist.training.train import train  # after parsing: --help needs neither torch nor Ray
 
     train(config)
 

@@ -10,7 +10,7 @@ import tyro
 from nsl_dist.config import Layout, TrainConfig
 from nsl_dist.progress import Output, output
 from nsl_dist.recipes import RECIPES
-from nsl_dist.runs import StoppedError, TrainingError
+from nsl_dist.run import StoppedError, TrainingError
 
 OUTPUT_FLAGS = "--quiet prints results and errors alone; --json prints the results as JSON, all else to stderr."
 

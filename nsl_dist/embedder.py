@@ -16,7 +16,7 @@ from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.data.transforms import decode, eval_transform, normalise
 from nsl_dist.model import EmbeddingModel, build_model
-from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE
+from nsl_dist.run import BEST, DESCRIPTION_FILE, MODEL_FILE
 
 FORMAT_VERSION = 1
 

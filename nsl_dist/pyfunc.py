@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsl_dist.embedder import Embedder, load_embedder
-from nsl_dist.retrieval.embeddings import pack_codes
+from nsl_dist.retrieval.vector_files import pack_codes
 
 
 class EmbeddingPyfunc:

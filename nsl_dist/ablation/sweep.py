@@ -17,9 +17,9 @@ from nsl_dist.ablation.summary import Outcome, draw, summarise
 from nsl_dist.config import TrainConfig, flatten
 from nsl_dist.data.shards import layout_of, open_data
 from nsl_dist.progress import duration, show_results
-from nsl_dist.runs import MLFLOW_ID_FILE, RESULTS_FILE, StoppedError, TrainingError, run_folder
+from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, StoppedError, TrainingError, run_folder
 from nsl_dist.tracking.tracker import Tracker
-from nsl_dist.training.run import cpus_needed, refuse_to_change, train
+from nsl_dist.training.train import cpus_needed, refuse_to_change, train
 
 TRIALS_AT_ONCE_HERE = 2  # on this machine alone: one starts or is evaluated while the other trains
 IDLE_SECONDS = 120  # that processes of a Ray started here wait for more work: they have imported what takes seconds

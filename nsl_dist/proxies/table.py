@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsl_dist.mapped import map_file
+from nsl_dist.memory_map import map_file
 from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
 from nsl_dist.proxies.partition import Partition
 

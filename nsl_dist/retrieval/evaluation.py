@@ -14,12 +14,12 @@ from nsl_dist import cluster, storage
 from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, TrainEvalConfig, config_from_dict
 from nsl_dist.data.shards import Manifest, open_data
 from nsl_dist.progress import duration, show_results
+from nsl_dist.retrieval.batch_inference import embed, embeddings_key
 from nsl_dist.retrieval.clustering import cluster_nmi
-from nsl_dist.retrieval.embed import embed, embeddings_key
 from nsl_dist.retrieval.metrics import Ranks, bootstrap_intervals, join, recall_at_k
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
-from nsl_dist.retrieval.search import Gallery, Kind, check_index, judge_of, open_gallery, sample_blocks, search
-from nsl_dist.runs import BEST, DESCRIPTION_FILE, MODEL_FILE, RESULTS_FILE, RUN_FILE, newest_checkpoint
+from nsl_dist.retrieval.sharded_search import Gallery, Kind, check_index, judge_of, open_gallery, sample_blocks, search
+from nsl_dist.run import MODEL_FILE, RESULTS_FILE, RUN_FILE, find_checkpoint, keep_best
 
 # What each data set is reported with (paper, section 4.1).
 RECALL_AT: dict[Layout, tuple[int, ...]] = {
@@ -231,18 +231,6 @@ def evaluate_checkpoint(
     return metrics_by_name(results)
 
 
-def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
-    """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
-    best = storage.join(run_dir, BEST)
-    k, recall = min(results["recall"]["float"].items(), key=lambda item: int(item[0]))
-    scored = storage.join(best, "score.json")
-    if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= recall:
-        return
-    for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):
-        storage.write_bytes(storage.join(best, name), storage.read_bytes(storage.join(checkpoint, name)))
-    storage.write_bytes(scored, json.dumps({f"recall@{k}": recall}).encode())
-
-
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a checkpoint by itself; show progress and results; return what is written to `results.json`.
 
@@ -333,25 +321,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     ]
     show_results("\n".join(shown), results)
     return results
-
-
-def find_checkpoint(location: str) -> str:
-    """Return the checkpoint that is meant: the folder itself, or the newest below the folder of a run.
-
-    Raises:
-        FileNotFoundError: there is none.
-
-    """
-    location = storage.absolute(location).rstrip("/")
-    if storage.exists(storage.join(location, RUN_FILE)):
-        return location
-    checkpoint = newest_checkpoint(location)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"no checkpoint in {location}: it has neither {RUN_FILE} nor a whole checkpoint_*; give the folder of a "
-            "run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
-        )
-    return checkpoint
 
 
 def _open_test_data(config: EvaluateConfig, settings: TrainConfig, digest: str) -> Manifest:

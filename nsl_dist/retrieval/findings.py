@@ -14,8 +14,8 @@ from PIL import Image
 
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
-from nsl_dist.retrieval.embeddings import load_index
-from nsl_dist.retrieval.search import Gallery, judge_of, open_gallery, sample_blocks, search
+from nsl_dist.retrieval.sharded_search import Gallery, judge_of, open_gallery, sample_blocks, search
+from nsl_dist.retrieval.vector_files import load_index
 
 History = dict[str, list[tuple[int, float]]]  # steps and values of metrics, by MLflow's names of them
 

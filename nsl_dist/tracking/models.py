@@ -23,7 +23,7 @@ import nsl_dist
 from nsl_dist import storage
 from nsl_dist.embedder import load_embedder, read_description
 from nsl_dist.model import TIMM
-from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
 
 # All that nsl_dist/pyfunc.py imports; with timm where the backbone is of it.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "simplejpeg", "torch", "torchvision")

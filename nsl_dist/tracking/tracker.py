@@ -16,7 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from nsl_dist import storage
 from nsl_dist.config import EvaluateConfig, TrainConfig, flatten
-from nsl_dist.runs import unsent_file
+from nsl_dist.run import unsent_file
 
 if TYPE_CHECKING:
     from nsl_dist.data.shards import Manifest

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from nsl_dist import storage
 from nsl_dist.embedder import describe, load_weights, weights_of
-from nsl_dist.mapped import map_file
+from nsl_dist.memory_map import map_file
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, rows_file
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, rows_file
 from nsl_dist.training.row_files import read_rows, write_rows
 from nsl_dist.training.step import TrainingStep
 

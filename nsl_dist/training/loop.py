@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DamagedShardError, Manifest, Split
 from nsl_dist.data.stream import planned_batches
-from nsl_dist.runs import (
+from nsl_dist.run import (
     LEFT_OUT_FILE,
     checkpoint_name,
     left_out_shards,
@@ -32,13 +31,12 @@ from nsl_dist.runs import (
     prune_checkpoints,
     step_of,
 )
-from nsl_dist.training.schedule import Schedule
+from nsl_dist.schedule import Schedule
+from nsl_dist.training.agreement import Agreement
+from nsl_dist.training.meter import Meter
 
 if TYPE_CHECKING:
     from nsl_dist.training.step import TrainingStep
-
-
-AGREE_EVERY_SECONDS = 2.0  # about: how often the workers ask whether to leave, or to write a checkpoint out of turn
 
 
 def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress: Queue, orders: Queue) -> None:
@@ -95,11 +93,11 @@ def train_worker(config: TrainConfig, manifest: Manifest, run_dir: str, progress
         assert loaded.step == first_step, f"{location} is of step {loaded.step}, not {first_step}"
         num_bytes = loaded.num_bytes
     checkpoints = _Checkpoints(training, manifest, run_dir, progress)
-    agreement = _Agreement(config, progress, orders, first_step=first_step)
+    agreement = Agreement(config, progress, orders, first_step=first_step)
 
     labels_B = plan.batch(first_step).labels
     accuracy = torch.zeros((), device=device)
-    meter = _Meter(first_step, schedule.num_steps, plan.batch_size)
+    meter = Meter(first_step, schedule.num_steps, plan.batch_size)
     for step in range(first_step, schedule.num_steps):
         with meter.waiting(), _naming_damaged_shards(run_dir, config.data.max_damaged_shards):
             batch = first_batch.result() if step == first_step else next(batches)
@@ -206,61 +204,6 @@ def _damaged_shard(error: BaseException | None) -> DamagedShardError | None:
     return error
 
 
-@dataclass(frozen=True)
-class _Agreed:
-    checkpoint: bool = False
-    leave: bool = False
-
-
-class _Agreement:
-    """What all workers do after the same iteration: write a checkpoint out of turn, or write one and leave."""
-
-    def __init__(self, config: TrainConfig, progress: Queue, orders: Queue, *, first_step: int) -> None:
-        self._progress = progress
-        self._minutes = config.checkpoint.minutes
-        self._orders = orders
-        self._rank = ray.train.get_context().get_world_rank()
-        self._asked_at = self._written_at = time.monotonic()
-        self._asked_step, self._next_step = first_step, first_step + 1
-        fewest, most = config.worker_range or (1, 1)
-        self._elastic = most > fewest
-        self._worker_nodes: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(self._worker_nodes, ray.get_runtime_context().get_node_id())
-        self._nodes = self._live_nodes()
-
-    def reached(self, step: int) -> _Agreed:
-        """Return what to do after `step` iterations."""
-        if step < self._next_step:
-            return _Agreed()
-        answer = None
-        if self._rank == 0:
-            now = time.monotonic()
-            due = self._minutes is not None and now - self._written_at >= 60 * self._minutes
-            rate = (step - self._asked_step) / (now - self._asked_at)
-            # The first iterations after a start find batches waiting and say little about those to come.
-            most = 2 * (step - self._asked_step)
-            next_step = step + max(1, min(most, round(rate * AGREE_EVERY_SECONDS)))
-            leave = not self._orders.empty()
-            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for. It
-            # passes on the notice of a node about to go, too, but seconds later than asking does.
-            nodes, before = self._live_nodes(), self._nodes
-            grown, noticed = self._elastic and nodes - before, (before - nodes).intersection(self._worker_nodes)
-            self._nodes = nodes
-            if nodes != before:
-                self._progress.put({"step": step, "cluster": cluster.described()})
-            write = bool(due or noticed or grown or leave)
-            if write:
-                self._written_at = now
-            self._asked_at, self._asked_step = now, step
-            # Of plain types: Ray Train's actor between the workers would have to import this module, and with it torch.
-            answer = (write, leave, next_step)
-        write, leave, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
-        return _Agreed(checkpoint=write, leave=leave)
-
-    def _live_nodes(self) -> set[str]:
-        return {node["NodeID"] for node in cluster.live_nodes()} if self._rank == 0 else set()
-
-
 class _Checkpoints:
     """Writes checkpoints beside the training, and has some of them evaluated."""
 
@@ -310,42 +253,3 @@ class _Checkpoints:
             seconds = time.monotonic() - started
             self._progress.put({"step": step, "checkpoint": name, "seconds": seconds, "waited": waited})
         return target
-
-
-class _Meter:
-    """Throughput, share of the time spent waiting for data, and time left, which the first batch tells nothing of."""
-
-    def __init__(self, first_step: int, num_steps: int, batch_size: int) -> None:
-        self._first_step = first_step
-        self._num_steps = num_steps
-        self._batch_size = batch_size
-        self._waited = 0.0
-        self._wait_started = 0.0
-        self._started = self._read_at = time.monotonic()
-        self._read_step = first_step
-
-    def waiting(self) -> "_Meter":
-        return self
-
-    def __enter__(self) -> None:
-        self._wait_started = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._waited += time.monotonic() - self._wait_started
-
-    def read(self, step: int) -> dict[str, float]:
-        """Return the figures since the last reading."""
-        now = time.monotonic()
-        elapsed, steps = now - self._read_at, step + 1 - self._read_step
-        figures = {
-            "images_per_second": steps * self._batch_size / elapsed,
-            "step_seconds": elapsed / steps,
-            "data_wait_share": self._waited / elapsed,
-        }
-        if step == self._first_step:
-            self._started = now
-        else:
-            per_step = (now - self._started) / (step - self._first_step)
-            figures["seconds_left"] = per_step * (self._num_steps - step - 1)
-        self._read_at, self._read_step, self._waited = now, step + 1, 0.0
-        return figures

@@ -16,7 +16,7 @@ from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.training.schedule import Schedule
+from nsl_dist.schedule import Schedule
 
 
 class TrainingStep:

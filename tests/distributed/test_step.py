@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from chaos import compare as greatest_difference
 
-from jobs.chaos import compare as greatest_difference
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.transforms import decode, eval_transform, normalise
 from nsl_dist.embedder import load_embedder
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.runs import (
+from nsl_dist.run import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     checkpoint_name,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / f"bench_{job}.py"), *arguments]
+    command = [sys.executable, str(ROOT / "jobs" / "bench" / f"{job}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 

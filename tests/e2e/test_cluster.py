@@ -28,7 +28,7 @@ from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
-from nsl_dist.retrieval import search
+from nsl_dist.retrieval import sharded_search as search
 from tests.conftest import write_sop
 from tests.e2e.local_cluster import (
     BIN,

@@ -18,11 +18,11 @@ from selenium import webdriver
 
 from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, config_from_dict
 from nsl_dist.data.shards import load_manifest
-from nsl_dist.retrieval.embed import embed
-from nsl_dist.retrieval.embeddings import load_index
-from nsl_dist.retrieval.evaluation import find_checkpoint, run
-from nsl_dist.retrieval.search import check_index
-from nsl_dist.runs import MODEL_FILE
+from nsl_dist.retrieval.batch_inference import embed
+from nsl_dist.retrieval.evaluation import run
+from nsl_dist.retrieval.sharded_search import check_index
+from nsl_dist.retrieval.vector_files import load_index
+from nsl_dist.run import MODEL_FILE, find_checkpoint
 from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
 from tests.e2e.browser import opened_browser, prefer, resize
 

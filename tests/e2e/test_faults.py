@@ -23,18 +23,18 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from chaos import Driver, Nodes, compare
 
-from jobs.chaos import Driver, Nodes, compare
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig, config_from_dict
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import DamagedShardError, Manifest, _open_shard, load_manifest, open_data
 from nsl_dist.data.stream import fetch
 from nsl_dist.data.transforms import augment
-from nsl_dist.runs import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
+from nsl_dist.run import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
 from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.checkpoint import Checkpointer
-from nsl_dist.training.run import _as_started, _drop_damaged_record, _start_tracking, refuse_to_change, train
 from nsl_dist.training.step import TrainingStep
+from nsl_dist.training.train import _as_started, _drop_damaged_record, _start_tracking, refuse_to_change, train
 from tests.conftest import write_sop
 from tests.distributed.test_step import write
 from tests.distributed.workers import run

@@ -20,8 +20,8 @@ from nsl_dist.data.shards import Manifest
 from nsl_dist.data.transforms import decode, eval_transform
 from nsl_dist.embedder import Embedder, describe, load_embedder, weights_of
 from nsl_dist.model import build_model
-from nsl_dist.retrieval.embeddings import pack_codes
-from nsl_dist.runs import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE
+from nsl_dist.retrieval.vector_files import pack_codes
+from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE
 from nsl_dist.tracking.tracker import Tracker
 from tests.conftest import job, write_folders
 from tests.e2e.local_cluster import BIN

@@ -9,9 +9,9 @@ import pytest
 
 from nsl_dist.config import EvalConfig
 from nsl_dist.retrieval.clustering import cluster_nmi
-from nsl_dist.retrieval.embeddings import EmbeddingSet, pack_codes, write_file
 from nsl_dist.retrieval.metrics import join
-from nsl_dist.retrieval.search import judge_of, open_gallery, search
+from nsl_dist.retrieval.sharded_search import judge_of, open_gallery, search
+from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes, write_file
 
 pytestmark = pytest.mark.usefixtures("cluster")
 NUM, DIM = 700, 24

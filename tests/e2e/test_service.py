@@ -32,9 +32,9 @@ from nsl_dist.config import DataConfig, ModelConfig, SearchConfig, TrainConfig
 from nsl_dist.data.layouts import read_catalogue
 from nsl_dist.embedder import describe, load_embedder, weights_of
 from nsl_dist.model import build_model
-from nsl_dist.retrieval.embeddings import pack_codes
-from nsl_dist.retrieval.searcher import Searcher, prepare_gallery
-from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+from nsl_dist.retrieval.image_search import Searcher, prepare_gallery
+from nsl_dist.retrieval.vector_files import pack_codes
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
 from tests.conftest import JOBS, encode, job, write_folders, write_image, write_inshop
 from tests.e2e.browser import opened_browser, prefer, resize
 from tests.e2e.local_cluster import free_ports

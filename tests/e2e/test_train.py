@@ -16,7 +16,7 @@ import pytest
 
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.embedder import load_embedder
-from nsl_dist.training.run import train
+from nsl_dist.training.train import train
 from tests.conftest import job, write_sop
 from tests.e2e.browser import opened_browser
 from tests.e2e.local_cluster import BIN, ROOT, free_ports, listens, started_local, wait_until

@@ -261,7 +261,7 @@ def test_what_travels_with_a_job_is_small_and_code_alone(tmp_path: Path) -> None
     create_package(str(tmp_path), tmp_path / "package.zip", include_gitignore=True, excludes=excludes)
     names = zipfile.ZipFile(tmp_path / "package.zip").namelist()
     assert {name.partition("/")[0] for name in names} == {"nsl_dist", "jobs"}
-    assert "nsl_dist/retrieval/search.py" in names
+    assert "nsl_dist/retrieval/sharded_search.py" in names
     assert (tmp_path / "package.zip").stat().st_size < 2**20  # the bar is 5 MiB
 
 

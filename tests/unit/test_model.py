@@ -9,7 +9,7 @@ from torch import nn
 from nsl_dist.config import ModelConfig, OptimConfig
 from nsl_dist.data.transforms import normalise
 from nsl_dist.model import GeneralizedMean, build_model
-from nsl_dist.training.schedule import Schedule
+from nsl_dist.schedule import Schedule
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

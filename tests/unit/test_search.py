@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from nsl_dist.retrieval.embeddings import EmbeddingSet, load_index, pack_codes, write_file, write_index
 from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
 from nsl_dist.retrieval.neighbours import Nearest, distances_of, ids_of, merge, to_keys, without
-from nsl_dist.retrieval.search import _load
+from nsl_dist.retrieval.sharded_search import _load
+from nsl_dist.retrieval.vector_files import EmbeddingSet, load_index, pack_codes, write_file, write_index
 
 
 @pytest.mark.parametrize("dim", [8, 13])

@@ -1,4 +1,4 @@
-"""The training of nsl_dist as one writes it in plain PyTorch: what jobs/bench_train.py compares with.
+"""The training of nsl_dist as one writes it in plain PyTorch: what jobs/bench/train.py compares with.
 
 DataLoader, DistributedDataParallel and torch.optim.SGD, with a dense softmax over all proxies, which are a parameter
 like any other. Model, batches, augmentation, learning rates and initial weights are those of nsl_dist.
@@ -28,7 +28,7 @@ from nsl_dist.data.transforms import augment, crop_draws, normalise
 from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.proxies.counter_random import uniform_rows
-from nsl_dist.training.schedule import Schedule
+from nsl_dist.schedule import Schedule
 from nsl_dist.training.step import TrainingStep
 
 

@@ -33,9 +33,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nsl_dist.config import MOST_NEIGHBOURS, SearchConfig
-from nsl_dist.retrieval.search import Kind
-from nsl_dist.retrieval.searcher import Answer, PreparedGallery, Query, Searcher, prepare_gallery
-from nsl_dist.runs import StoppedError
+from nsl_dist.retrieval.image_search import Answer, PreparedGallery, Query, Searcher, prepare_gallery
+from nsl_dist.retrieval.sharded_search import Kind
+from nsl_dist.run import StoppedError
 
 MOST_BYTES = 10 * 2**20  # of an image that somebody sends
 MULTIPART_BYTES = 64 * 2**10  # that a form may add to it

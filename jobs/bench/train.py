@@ -2,12 +2,12 @@ r"""Speed of training itself: stages, data pipeline and whole trainings, beside 
 
 On two CPU cores, on built-in synthetic products, in a quarter of an hour; then one part of it:
 
-    python jobs/bench_train.py
-    python jobs/bench_train.py --parts data --turns 5
+    python jobs/bench/train.py
+    python jobs/bench/train.py --parts data --turns 5
 
 The paper's model on a machine with GPUs:
 
-    python jobs/bench_train.py --recipe sop_resnet50 --data.root sop_shards --data.batch-size 80 --steps 300 --json
+    python jobs/bench/train.py --recipe sop_resnet50 --data.root sop_shards --data.batch-size 80 --steps 300 --json
 
 Beside the flags below it takes those of jobs/train_sop.py. --json prints one object a line, for each part; all else
 goes to stderr. Contestants take turns, each in fresh processes, so that a noisy machine is as noisy for all.
@@ -62,7 +62,7 @@ from nsl_dist.data.stream import DATA_NICENESS, planned_batches
 from nsl_dist.data.transforms import augment, crop_draws, decode, normalise, random_crop, resize
 from nsl_dist.device import autocast_dtype
 from nsl_dist.progress import output, show_results
-from nsl_dist.training.run import DATA_CPUS, train
+from nsl_dist.training.train import DATA_CPUS, train
 
 CORES = os.cpu_count() or 1
 Row = dict[str, Any]

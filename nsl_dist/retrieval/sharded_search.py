@@ -29,11 +29,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster
 from nsl_dist.config import EvalConfig
-from nsl_dist.mapped import map_file
+from nsl_dist.memory_map import map_file
 from nsl_dist.progress import Progress
-from nsl_dist.retrieval.embeddings import EmbeddingSet
 from nsl_dist.retrieval.metrics import Classes, Judge
 from nsl_dist.retrieval.neighbours import MOST_IDS, Nearest, distances_of, ids_of, merge, to_keys, without
+from nsl_dist.retrieval.vector_files import EmbeddingSet
 
 Kind = Literal["float", "binary"]
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Steps on a GPU, on tensors that are there already, and JPEGs decoded on it: a part of jobs/bench_train.py."""
+"""Steps on a GPU, on tensors that are there already, and JPEGs decoded on it: a part of jobs/bench/train.py."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
 r"""Time of the search service under load, beside the model and faiss alone in one process.
 
-    python jobs/bench_service.py
-    python jobs/bench_service.py --num-images 100000 --backbone resnet50 --image-size 224 --dim 512
+    python jobs/bench/service.py
+    python jobs/bench/service.py --num-images 100000 --backbone resnet50 --image-size 224 --dim 512
 
 A gallery of small random images and an untrained model are made, embedded and served by jobs/search.py on this machine.
 Clients ask one query after the other, each in a thread of its own with its own connection. The floor decodes, embeds
@@ -92,7 +92,7 @@ def write_checkpoint(location: Path, config: BenchConfig) -> None:
     """Write an untrained model as a checkpoint keeps it."""
     from nsl_dist.embedder import describe, weights_of
     from nsl_dist.model import build_model
-    from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+    from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
 
     model = ModelConfig(backbone=config.backbone, dim=config.dim)
     settings = TrainConfig(model=model, data=DataConfig(image_size=config.image_size))
@@ -105,7 +105,7 @@ def measure_floor(search: SearchConfig, queries: list[bytes], config: BenchConfi
     """Measure model and index in this process, by kind."""
     import ray
 
-    from nsl_dist.retrieval.searcher import Query, Searcher, prepare_gallery
+    from nsl_dist.retrieval.image_search import Query, Searcher, prepare_gallery
 
     searcher = Searcher(prepare_gallery(search), search)
     ray.shutdown()

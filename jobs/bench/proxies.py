@@ -1,7 +1,7 @@
 r"""Time and memory of a step of the class-proxy matrix: ours beside what its users come from.
 
-    python jobs/bench_proxies.py --classes 20000 100000 1000000 --num-sampled 10000
-    python jobs/bench_proxies.py --classes 100000 --sample-rate 0.1 --workers 1 2 --json
+    python jobs/bench/proxies.py --classes 20000 100000 1000000 --num-sampled 10000
+    python jobs/bench/proxies.py --classes 100000 --sample-rate 0.1 --workers 1 2 --json
 
 ours: `nsl_dist.proxies`. dense: softmax over all classes, torch.optim.SGD. autograd_gather: sampled softmax over
 weight[index] with a dense gradient of the whole matrix and torch.optim.SGD, as InsightFace describes its PartialFC_V2.

@@ -1,8 +1,8 @@
 r"""Time and memory of exact retrieval: ours, sharded and with ties settled, beside what its users come from.
 
-    python jobs/bench_search.py
-    python jobs/bench_search.py --dim 2048 --implementations ours_float ours_binary faiss_flat faiss_binary
-    python jobs/bench_search.py --num-vectors 2000000 --dim 128 --num-queries 20000 --implementations ours_float
+    python jobs/bench/search.py
+    python jobs/bench/search.py --dim 2048 --implementations ours_float ours_binary faiss_flat faiss_binary
+    python jobs/bench/search.py --num-vectors 2000000 --dim 128 --num-queries 20000 --implementations ours_float
 
 Random unit vectors around planted classes of five look for their k nearest among each other, as many as the test split
 of Stanford Online Products has. ours_float, ours_binary: `nsl_dist.retrieval`, from embeddings on disk to recall,
@@ -33,7 +33,7 @@ import tyro
 
 from nsl_dist.commandline import run_job
 from nsl_dist.config import EvalConfig
-from nsl_dist.retrieval.embeddings import EmbeddingSet, write_file
+from nsl_dist.retrieval.vector_files import EmbeddingSet, write_file
 
 Implementation = Literal["ours_float", "ours_binary", "faiss_flat", "faiss_binary", "pml"]
 IMAGES_PER_CLASS = 5
@@ -97,7 +97,7 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
 
     from nsl_dist import cluster
     from nsl_dist.retrieval.metrics import join
-    from nsl_dist.retrieval.search import judge_of, open_gallery, search
+    from nsl_dist.retrieval.sharded_search import judge_of, open_gallery, search
 
     cluster.connect(num_cpus=1)
     warm = ray.remote(lambda: os.getpid())
@@ -119,7 +119,7 @@ def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
     import faiss
 
     from nsl_dist.retrieval.neighbours import without
-    from nsl_dist.retrieval.search import judge_of
+    from nsl_dist.retrieval.sharded_search import judge_of
 
     started = time.perf_counter()
     judge = judge_of(vectors, vectors)

@@ -1,6 +1,6 @@
 r"""How long a training waits for a checkpoint, and how much slower it is meanwhile: ours beside what PyTorch offers.
 
-    python jobs/bench_checkpoint.py --classes 1000000 --dim 128
+    python jobs/bench/checkpoint.py --classes 1000000 --dim 128
 
 One worker trains on made-up images, its class proxies in memory, and writes a checkpoint now and then. ours: copied,
 then written beside the training. torch_save: written while the training waits. dcp_async: `async_save` of

@@ -9,7 +9,7 @@ from ray.util.queue import Queue
 
 from nsl_dist.progress import Bar, Phases, duration
 from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
-from nsl_dist.training.schedule import Schedule
+from nsl_dist.schedule import Schedule
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker

@@ -33,15 +33,13 @@ from nsl_dist.retrieval.evaluation import (
     curves,
     evaluate,
     evaluate_checkpoint,
-    find_checkpoint,
-    keep_best,
     metrics_by_name,
     recall_line,
     table,
 )
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
-from nsl_dist.retrieval.search import check_index
-from nsl_dist.runs import (
+from nsl_dist.retrieval.sharded_search import check_index
+from nsl_dist.run import (
     BEST,
     CONFIG_FILE,
     DIGEST_FILE,
@@ -50,6 +48,8 @@ from nsl_dist.runs import (
     RESULTS_FILE,
     StoppedError,
     TrainingError,
+    find_checkpoint,
+    keep_best,
     left_out_shards,
     newest_checkpoint,
     prune_checkpoints,
@@ -57,9 +57,9 @@ from nsl_dist.runs import (
     step_of,
     unsent_file,
 )
+from nsl_dist.schedule import Schedule
 from nsl_dist.training.preflight import check_model
-from nsl_dist.training.relay import Relay
-from nsl_dist.training.schedule import Schedule
+from nsl_dist.training.reporting import Relay
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker

@@ -1,6 +1,6 @@
 r"""Train while workers, nodes, the driver and the head are killed at random, and prove that nothing was lost.
 
-    python jobs/chaos.py --minutes 30
+    python jobs/bench/chaos.py --minutes 30
 
 Several Ray nodes run on this machine, on loopback. The same training is done twice: undisturbed, then killed at random
 times until the minutes are over. Batches, sampled classes and random numbers come from seed and step, and a checkpoint
@@ -27,11 +27,11 @@ from safetensors.numpy import load_file
 
 from nsl_dist.commandline import run_job
 from nsl_dist.progress import duration
-from nsl_dist.runs import newest_checkpoint
+from nsl_dist.run import newest_checkpoint
 
 Victim = Literal["worker", "node", "driver", "head", "stop"]
 ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)

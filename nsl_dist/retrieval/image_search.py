@@ -21,11 +21,10 @@ from nsl_dist.data.layouts import official_layout, read_catalogue
 from nsl_dist.data.shards import Manifest, is_prepared, open_data, prepare, records_digest
 from nsl_dist.data.transforms import size_of
 from nsl_dist.embedder import load_embedder, read_description
-from nsl_dist.retrieval.embed import embed, embeddings_key
-from nsl_dist.retrieval.embeddings import EmbeddingSet, pack_codes
-from nsl_dist.retrieval.evaluation import find_checkpoint
-from nsl_dist.retrieval.search import Kind, build_index
-from nsl_dist.runs import DESCRIPTION_FILE, MODEL_FILE
+from nsl_dist.retrieval.batch_inference import embed, embeddings_key
+from nsl_dist.retrieval.sharded_search import Kind, build_index
+from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, find_checkpoint
 
 MOST_PIXELS = 50_000_000  # of an image that somebody sends
 CACHED_BAGS = 64  # classes whose images are kept in memory

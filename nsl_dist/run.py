@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 from pyarrow import fs
 
@@ -104,3 +105,34 @@ def _sizes(location: str) -> dict[str, int | None]:
     """Return the bytes of each file in a folder, None of each folder in it; nothing of a folder that is not there."""
     filesystem, path = storage.resolve(location)
     return {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))}
+
+
+def find_checkpoint(location: str) -> str:
+    """Return the checkpoint that is meant: the folder itself, or the newest below the folder of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+
+    """
+    location = storage.absolute(location).rstrip("/")
+    if storage.exists(storage.join(location, RUN_FILE)):
+        return location
+    checkpoint = newest_checkpoint(location)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {location}: it has neither {RUN_FILE} nor a whole checkpoint_*; give the folder of a "
+            "run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
+        )
+    return checkpoint
+
+
+def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
+    """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
+    best = storage.join(run_dir, BEST)
+    k, recall = min(results["recall"]["float"].items(), key=lambda item: int(item[0]))
+    scored = storage.join(best, "score.json")
+    if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= recall:
+        return
+    for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):
+        storage.write_bytes(storage.join(best, name), storage.read_bytes(storage.join(checkpoint, name)))
+    storage.write_bytes(scored, json.dumps({f"recall@{k}": recall}).encode())

@@ -21,7 +21,7 @@ from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
 from nsl_dist.progress import Progress
-from nsl_dist.retrieval.embeddings import EmbeddingSet, load_index, write_file, write_index
+from nsl_dist.retrieval.vector_files import EmbeddingSet, load_index, write_file, write_index
 
 
 def embeddings_key(weights: bytes | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int) -> str:

@@ -1,0 +1,72 @@
+"""What all training workers do together after an iteration: the same, at the same one."""
+
+import time
+from dataclasses import dataclass
+
+import ray
+import ray.train
+import ray.train.collective
+import torch.distributed as dist
+from ray.util.queue import Queue
+
+from nsl_dist import cluster
+from nsl_dist.config import TrainConfig
+
+AGREE_EVERY_SECONDS = 2.0  # about: how often the workers ask whether to leave, or to write a checkpoint out of turn
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the workers do next; nothing out of turn by default."""
+
+    checkpoint: bool = False
+    leave: bool = False
+
+
+class Agreement:
+    """What all workers do after the same iteration: write a checkpoint out of turn, or write one and leave."""
+
+    def __init__(self, config: TrainConfig, progress: Queue, orders: Queue, *, first_step: int) -> None:
+        self._progress = progress
+        self._minutes = config.checkpoint.minutes
+        self._orders = orders
+        self._rank = ray.train.get_context().get_world_rank()
+        self._asked_at = self._written_at = time.monotonic()
+        self._asked_step, self._next_step = first_step, first_step + 1
+        fewest, most = config.worker_range or (1, 1)
+        self._elastic = most > fewest
+        self._worker_nodes: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(self._worker_nodes, ray.get_runtime_context().get_node_id())
+        self._nodes = self._live_nodes()
+
+    def reached(self, step: int) -> Agreed:
+        """Return what to do after `step` iterations."""
+        if step < self._next_step:
+            return Agreed()
+        answer = None
+        if self._rank == 0:
+            now = time.monotonic()
+            due = self._minutes is not None and now - self._written_at >= 60 * self._minutes
+            rate = (step - self._asked_step) / (now - self._asked_at)
+            # The first iterations after a start find batches waiting and say little about those to come.
+            most = 2 * (step - self._asked_step)
+            next_step = step + max(1, min(most, round(rate * AGREE_EVERY_SECONDS)))
+            leave = not self._orders.empty()
+            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for. It
+            # passes on the notice of a node about to go, too, but seconds later than asking does.
+            nodes, before = self._live_nodes(), self._nodes
+            grown, noticed = self._elastic and nodes - before, (before - nodes).intersection(self._worker_nodes)
+            self._nodes = nodes
+            if nodes != before:
+                self._progress.put({"step": step, "cluster": cluster.described()})
+            write = bool(due or noticed or grown or leave)
+            if write:
+                self._written_at = now
+            self._asked_at, self._asked_step = now, step
+            # Of plain types: Ray Train's actor between the workers would have to import this module, and with it torch.
+            answer = (write, leave, next_step)
+        write, leave, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
+        return Agreed(checkpoint=write, leave=leave)
+
+    def _live_nodes(self) -> set[str]:
+        return {node["NodeID"] for node in cluster.live_nodes()} if self._rank == 0 else set()
