@@ -10,7 +10,6 @@ To a file of ONNX, checked against torch:
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import tyro
@@ -44,7 +43,7 @@ def main() -> None:
     if config.register is None and config.onnx is None:
         raise ValueError("nothing to do: give --register NAME, --onnx FILE or both")
 
-    from nsl_dist.run import MLFLOW_ID_FILE, RUN_FILE  # after parsing: --help needs no pyarrow
+    from nsl_dist.run import RunFolder  # after parsing: --help needs no pyarrow
 
     if config.onnx is not None:
         from nsl_dist.onnx_export import export_onnx
@@ -55,10 +54,12 @@ def main() -> None:
         from nsl_dist.tracking.tracker import Tracker
 
         tracker = Tracker(config.tracking_uri, storage_root=config.storage)
-        run_dir = checkpoint.rpartition("/")[0]
-        tracker.add_to(storage.read_bytes(storage.join(run_dir, MLFLOW_ID_FILE)).decode())
-        step = int(json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["step"])
-        print(f"{tracker.uri}: {tracker.register(checkpoint, name=config.register, step=step)}")
+        folder = checkpoint.rpartition("/")[0]
+        run_id = RunFolder(folder).mlflow_run_id()
+        if run_id is None:
+            raise ValueError(f"{folder} has no MLflow run to register a model of; give a checkpoint within a run")
+        tracker.add_to(run_id)
+        print(f"{tracker.uri}: {tracker.register(checkpoint, name=config.register)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the results, and the comparison, which is also in published.json of the run's fo
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -84,14 +85,15 @@ def main() -> None:
     config = parse_train_config(arguments, description=__doc__ or "", recipe=recipe)
 
     from nsl_dist import storage
-    from nsl_dist.run import run_folder
+    from nsl_dist.run import RunFolder
     from nsl_dist.training.train import train  # after parsing: --help needs neither torch nor Ray
 
     results = train(config)
     changed = differences(RECIPES[config.recipe](), config)
     rows = compare(results, config)
     found = {"recipe": config.recipe, "changed": changed, "published": rows}
-    location = storage.join(run_folder(storage.absolute(config.storage), results["run_name"]), "published.json")
+    folder = RunFolder.of(dataclasses.replace(config, run_name=results["run_name"]))
+    location = folder.file("published.json")
     storage.write_bytes(location, json.dumps(found, indent=1).encode())
     show_results(f"\n{config.recipe}, in %\n{table(rows, changed)}\ncomparison: {location}", found)
 

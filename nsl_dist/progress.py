@@ -106,21 +106,24 @@ class Phases:
     Args:
         began: when the first began, seconds since the epoch; None: now.
 
+    Attributes:
+        seconds: of each phase that has ended.
+
     """
 
     def __init__(self, *, began: float | None = None) -> None:
         self._last = began or time.time()
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     def end(self, name: str) -> None:
         """End the phase `name`; the next begins."""
         now = time.time()
-        self._seconds[name] = now - self._last
+        self.seconds[name] = now - self._last
         self._last = now
 
     def __str__(self) -> str:
-        phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self._seconds.items())
-        return f"{duration(sum(self._seconds.values()))}: {phases}"
+        phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items())
+        return f"{duration(sum(self.seconds.values()))}: {phases}"
 
 
 def duration(seconds: float) -> str:
@@ -128,3 +131,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 worker" or "2 workers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

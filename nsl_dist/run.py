@@ -1,24 +1,35 @@
-"""The folder of a run: names of its files, and its newest checkpoint. Needs neither torch nor Ray."""
+"""A training run: what it does, and where everything in its folder lies. Needs neither torch nor Ray."""
 
+import dataclasses
 import json
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
 from nsl_dist import storage
+from nsl_dist.config import DataConfig, ModelConfig, TrainConfig, config_from_dict
+from nsl_dist.schedule import Schedule
 
-MODEL_FILE = "embedder.safetensors"  # of a checkpoint: the embedding model alone
+if TYPE_CHECKING:
+    from nsl_dist.data.shards import Manifest
+
+# In the folder of a checkpoint:
+MODEL_FILE = "embedder.safetensors"  # the embedding model alone
 DESCRIPTION_FILE = "embedder.json"  # what rebuilds it
 OPTIMIZER_FILE = "optimizer.safetensors"
 RUN_FILE = "run.json"
-LEFT_OUT_FILE = "left_out.json"  # of a run: shards that turned out damaged
-BEST = "best"  # of a run: the best model among those evaluated
-CONFIG_FILE = "config.json"  # of a run: what it was started with
-DIGEST_FILE = "data_digest"  # of a run: that of its data
-MLFLOW_ID_FILE = "mlflow_run_id"  # of a run: MLflow's own name of it
-RESULTS_FILE = "results.json"  # of a run that is finished
-_CHECKPOINT = re.compile(r"checkpoint_\d{9}")
+# In the folder of a run:
+BEST = "best"
+RESULTS_FILE = "results.json"
+MLFLOW_ID_FILE = "mlflow_run_id"
+_CONFIG_FILE = "config.json"
+_DIGEST_FILE = "data_digest"
+_LEFT_OUT_FILE = "left_out.json"
+_CHECKPOINT = re.compile(r"checkpoint_(\d{9})")
+
+RUN_VERSION = 1
 
 
 class TrainingError(RuntimeError):
@@ -38,24 +49,66 @@ class StoppedError(RuntimeError):
         self.signal = signal
 
 
-def run_folder(storage_root: str, run_name: str) -> str:
-    """Return the folder or URI of a run."""
-    return storage.join(storage_root, "runs", run_name)
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """`run.json` of a checkpoint.
+
+    Attributes:
+        step: iterations before the checkpoint.
+        num_classes: rows of the class-proxy matrix, over all workers.
+        world_size: workers that wrote it, each its own rows.
+        digest: of the training data.
+        config: fields of the run's `TrainConfig`, perhaps of another release.
+        version: of this format; 0 before it had one.
+
+    """
+
+    step: int
+    num_classes: int
+    world_size: int
+    digest: str
+    config: dict[str, Any]
+    version: int = RUN_VERSION
+
+    @classmethod
+    def read(cls, checkpoint: str) -> "CheckpointRecord":
+        """Read the record of a checkpoint; fields that this release does not know are ignored.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or of a newer format.
+
+        """
+        location = storage.join(checkpoint, RUN_FILE)
+        content = storage.read_bytes(location)
+        try:
+            fields = {"version": 0} | json.loads(content)
+            record = cls(**_known(cls, fields))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{location} is damaged: {error}") from error
+        if record.version > RUN_VERSION:
+            raise ValueError(f"{location} has format version {record.version}, this release reads up to {RUN_VERSION}")
+        return record
+
+    def to_json(self) -> bytes:
+        """Return the content of the file."""
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    def model_settings(self) -> TrainConfig:
+        """Return name, seed, model, data and precision of the run; everything else has its default.
+
+        That is all that using the model takes, so a checkpoint of another release can be used although its other
+        options have changed since.
+        """
+        return TrainConfig(
+            **{name: self.config[name] for name in ("run_name", "seed", "precision")},
+            data=DataConfig(**_known(DataConfig, self.config["data"])),
+            model=ModelConfig(**_known(ModelConfig, self.config["model"])),
+        )
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the name of the checkpoint after `step` iterations; such names sort by step."""
-    return f"checkpoint_{step:09d}"
-
-
-def step_of(checkpoint: str) -> int:
-    """Return the number of iterations before a checkpoint."""
-    return int(json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["step"])
-
-
-def unsent_file(storage_root: str, mlflow_run_id: str) -> str:
-    """Return where the records wait that MLflow could not be told yet."""
-    return storage.join(storage_root, "unsent", f"{mlflow_run_id}.json")
+def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields}
 
 
 def rows_file(rank: int, world_size: int) -> str:
@@ -63,52 +116,157 @@ def rows_file(rank: int, world_size: int) -> str:
     return f"proxies-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def newest_checkpoint(run_dir: str) -> str | None:
-    """Return the newest whole checkpoint below a folder or URI of a run, if there is one."""
-    for name in sorted(_sizes(run_dir), reverse=True):
-        location = storage.join(run_dir, name)
-        if _CHECKPOINT.fullmatch(name) and _is_whole(location):
-            return location
-    return None
+def unsent_file(storage_root: str, mlflow_run_id: str) -> str:
+    """Return the location of records that MLflow has not received yet."""
+    return storage.join(storage_root, "unsent", f"{mlflow_run_id}.json")
 
 
-def left_out_shards(run_dir: str) -> list[str]:
-    """Return the shards that turned out damaged in the course of a run, and whose classes it goes on without."""
-    location = storage.join(run_dir, LEFT_OUT_FILE)
-    return list(json.loads(storage.read_bytes(location))) if storage.exists(location) else []
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run.
+
+    Attributes:
+        location: absolute path or URI.
+
+    """
+
+    location: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "RunFolder":
+        """Return the folder of the run that a configuration names."""
+        return cls(storage.join(storage.absolute(config.storage), "runs", str(config.run_name)))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.location.rpartition("/")[2]
+
+    @property
+    def parent(self) -> str:
+        """The folder of all runs."""
+        return self.location.rpartition("/")[0]
+
+    @property
+    def best(self) -> str:
+        """The best model among those evaluated."""
+        return self.file(BEST)
+
+    @property
+    def results(self) -> str:
+        """The results; a run that has them is finished."""
+        return self.file(RESULTS_FILE)
+
+    def file(self, name: str) -> str:
+        """Return the location of any other file."""
+        return storage.join(self.location, name)
+
+    def checkpoint(self, step: int) -> str:
+        """Return the location of the checkpoint after `step` iterations; names sort by step."""
+        return self.file(f"checkpoint_{step:09d}")
+
+    def newest_checkpoint(self) -> tuple[str, int] | None:
+        """Return location and step of the newest complete checkpoint, if there is one."""
+        for step in sorted(self._checkpoint_steps(), reverse=True):
+            if _is_complete(self.checkpoint(step)):
+                return self.checkpoint(step), step
+        return None
+
+    def prune_checkpoints(self, *, keep: int | None) -> None:
+        """Delete incomplete checkpoints, which a crash leaves, and all complete ones but the newest `keep`."""
+        filesystem, path = storage.resolve(self.location)
+        steps = sorted(self._checkpoint_steps())
+        complete = [step for step in steps if _is_complete(self.checkpoint(step))]
+        kept = complete if keep is None else complete[-keep:]
+        for step in set(steps).difference(kept):
+            filesystem.delete_dir(f"{path}/{self.checkpoint(step).rpartition('/')[2]}")
+
+    def keep_best(self, step: int, *, recall: dict[str, float]) -> None:
+        """Copy the model of a checkpoint to `best`, unless the one there has a higher recall at the lowest K.
+
+        Args:
+            step: of the checkpoint.
+            recall: by K, of float embeddings.
+
+        """
+        checkpoint, scored = self.checkpoint(step), storage.join(self.best, "score.json")
+        k, share = min(recall.items(), key=lambda item: int(item[0]))
+        if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= share:
+            return
+        for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):
+            storage.write_bytes(storage.join(self.best, name), storage.read_bytes(storage.join(checkpoint, name)))
+        storage.write_bytes(scored, json.dumps({f"recall@{k}": share}).encode())
+
+    def is_finished(self) -> bool:
+        """Tell whether the results are there."""
+        return storage.exists(self.results)
+
+    def begin(self, config: TrainConfig, *, digest: str, mlflow_run_id: str) -> None:
+        """Record what a run was started with; `mlflow_run_id` marks the record complete."""
+        storage.write_bytes(self.file(_CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
+        storage.write_bytes(self.file(_DIGEST_FILE), digest.encode())
+        storage.write_bytes(self.file(MLFLOW_ID_FILE), mlflow_run_id.encode())
+
+    def started_with(self) -> TrainConfig | None:
+        """Return the configuration that a run was started with, None if it was not started yet.
+
+        Raises:
+            ValueError: it is of another release.
+
+        """
+        location = self.file(_CONFIG_FILE)
+        if not storage.exists(location):
+            return None
+        return config_from_dict(json.loads(storage.read_bytes(location)), location=location)
+
+    def mlflow_run_id(self) -> str | None:
+        """Return MLflow's id of the run, None if it was not started yet."""
+        return self._read_text(MLFLOW_ID_FILE)
+
+    def data_digest(self) -> str | None:
+        """Return the digest of the data that a run was started on, None if it was not started yet."""
+        return self._read_text(_DIGEST_FILE)
+
+    def left_out_shards(self) -> list[str]:
+        """Return the shards that were found damaged during the run and whose classes it continues without."""
+        text = self._read_text(_LEFT_OUT_FILE)
+        return list(json.loads(text)) if text is not None else []
+
+    def leave_out(self, shards: list[str]) -> None:
+        """Record the shards whose classes the next attempt continues without."""
+        storage.write_bytes(self.file(_LEFT_OUT_FILE), json.dumps(shards).encode())
+
+    def _read_text(self, name: str) -> str | None:
+        location = self.file(name)
+        return storage.read_bytes(location).decode() if storage.exists(location) else None
+
+    def _checkpoint_steps(self) -> list[int]:
+        matches = (_CHECKPOINT.fullmatch(name) for name in _sizes(self.location))
+        return [int(match[1]) for match in matches if match]
 
 
-def prune_checkpoints(run_dir: str, *, keep: int | None) -> None:
-    """Delete the checkpoints of a run that a crash left half written, and all whole ones but the newest `keep`."""
-    filesystem, path = storage.resolve(run_dir)
-    names = [name for name in sorted(_sizes(run_dir)) if _CHECKPOINT.fullmatch(name)]
-    whole = [name for name in names if _is_whole(storage.join(run_dir, name))]
-    kept = whole if keep is None else whole[-keep:]
-    for name in set(names).difference(kept):
-        filesystem.delete_dir(f"{path}/{name}")
+@dataclass(frozen=True)
+class Run:
+    """A run whose configuration is settled, as the driver, the workers and evaluations during training share it.
 
+    Attributes:
+        config: with all that depends on the cluster filled in.
+        folder: of the run.
+        manifest: of its data.
+        schedule: of its iterations.
+        mlflow_run_id: of the MLflow run that tracks it.
 
-def _is_whole(checkpoint: str) -> bool:
-    """Tell whether all files of a checkpoint are there, with something in them; each appears complete or not at all."""
-    there = {name for name, size in _sizes(checkpoint).items() if size}
-    if RUN_FILE not in there:
-        return False
-    try:
-        world_size = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["world_size"]
-    except ValueError:
-        return False  # damaged since
-    rows = {rows_file(rank, world_size) for rank in range(world_size)}
-    return there >= rows | {MODEL_FILE, DESCRIPTION_FILE, OPTIMIZER_FILE}
+    """
 
-
-def _sizes(location: str) -> dict[str, int | None]:
-    """Return the bytes of each file in a folder, None of each folder in it; nothing of a folder that is not there."""
-    filesystem, path = storage.resolve(location)
-    return {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))}
+    config: TrainConfig
+    folder: RunFolder
+    manifest: "Manifest"
+    schedule: Schedule
+    mlflow_run_id: str
 
 
 def find_checkpoint(location: str) -> str:
-    """Return the checkpoint that is meant: the folder itself, or the newest below the folder of a run.
+    """Return the checkpoint at `location`, or the newest one if `location` is the folder of a run.
 
     Raises:
         FileNotFoundError: there is none.
@@ -117,22 +275,29 @@ def find_checkpoint(location: str) -> str:
     location = storage.absolute(location).rstrip("/")
     if storage.exists(storage.join(location, RUN_FILE)):
         return location
-    checkpoint = newest_checkpoint(location)
-    if checkpoint is None:
+    newest = RunFolder(location).newest_checkpoint()
+    if newest is None:
         raise FileNotFoundError(
-            f"no checkpoint in {location}: it has neither {RUN_FILE} nor a whole checkpoint_*; give the folder of a "
-            "run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
+            f"no checkpoint in {location}: it has neither {RUN_FILE} nor a complete checkpoint_*; give the folder of "
+            "a run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
         )
-    return checkpoint
+    return newest[0]
 
 
-def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
-    """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
-    best = storage.join(run_dir, BEST)
-    k, recall = min(results["recall"]["float"].items(), key=lambda item: int(item[0]))
-    scored = storage.join(best, "score.json")
-    if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= recall:
-        return
-    for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):
-        storage.write_bytes(storage.join(best, name), storage.read_bytes(storage.join(checkpoint, name)))
-    storage.write_bytes(scored, json.dumps({f"recall@{k}": recall}).encode())
+def _is_complete(checkpoint: str) -> bool:
+    """Tell whether all files of a checkpoint are there and not empty; each appears complete or not at all."""
+    there = {name for name, size in _sizes(checkpoint).items() if size}
+    if RUN_FILE not in there:
+        return False
+    try:
+        world_size = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["world_size"]
+    except (ValueError, KeyError):
+        return False  # damaged since
+    rows = {rows_file(rank, world_size) for rank in range(world_size)}
+    return there >= rows | {MODEL_FILE, DESCRIPTION_FILE, OPTIMIZER_FILE}
+
+
+def _sizes(location: str) -> dict[str, int | None]:
+    """Return the size in bytes of each file in a folder, None for each folder in it; nothing if it does not exist."""
+    filesystem, path = storage.resolve(location)
+    return {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))}

@@ -1,5 +1,6 @@
 """Where files live: local paths and URIs, resolved the same way everywhere."""
 
+import functools
 import os
 import re
 import time
@@ -21,6 +22,7 @@ def absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
+@functools.lru_cache(maxsize=1024)  # a new client of an object store at each call would connect anew
 def resolve(location: str) -> tuple[Any, str]:
     """Return `(pyarrow filesystem, path within it)` of a local path or of any URI that pyarrow or fsspec knows.
 

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 from nsl_dist.commandline import run_job
 from nsl_dist.progress import duration
-from nsl_dist.run import newest_checkpoint
+from nsl_dist.run import RunFolder
 
 Victim = Literal["worker", "node", "driver", "head", "stop"]
 ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
@@ -222,7 +222,10 @@ def compare(ours: str, theirs: str) -> float:
 
 def _tensors(run_dir: str) -> dict[str, Any]:
     """Return all tensors of the newest checkpoint, the rows of all workers joined."""
-    folder = Path(newest_checkpoint(run_dir) or "")
+    newest = RunFolder(run_dir).newest_checkpoint()
+    if newest is None:
+        raise ValueError(f"{run_dir} has no complete checkpoint")
+    folder = Path(newest[0])
     rows = [load_file(path) for path in sorted(folder.glob("proxies-*"))]
     tensors = {f"proxies.{name}": np.concatenate([part[name] for part in rows]) for name in rows[0]}
     for name in ("embedder", "optimizer"):

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from nsl_dist.commandline import run_job
 from nsl_dist.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
+from nsl_dist.schedule import Schedule
 from nsl_dist.training.checkpoint import Checkpointer
 from nsl_dist.training.step import TrainingStep
 
@@ -100,7 +101,9 @@ def measure(config: BenchConfig, directory: Path) -> list[dict[str, Any]]:
         proxies=ProxyConfig(num_sampled=config.num_sampled),
         optim=OptimConfig(),
     )
-    training = TrainingStep(settings, num_classes=config.classes, steps_per_epoch=1000, device=torch.device("cpu"))
+    training = TrainingStep(
+        settings, num_classes=config.classes, schedule=Schedule(settings.optim, 1000), device=torch.device("cpu")
+    )
     plan = ClassBalancedPlan(np.full(config.classes, 5), data.batch_size, data.images_per_class, seed=0)
     images = torch.randint(0, 256, (data.batch_size, 3, data.image_size, data.image_size), dtype=torch.uint8)
     step = 0

@@ -61,7 +61,7 @@ class Work:
     def training_step(self, config: TrainConfig, num_classes: int) -> TrainingStep:
         """Return our step for one worker."""
         steps = self.plan.steps_per_epoch
-        return TrainingStep(config, num_classes=num_classes, steps_per_epoch=steps, device=self.device)
+        return TrainingStep(config, num_classes=num_classes, schedule=Schedule(config.optim, steps), device=self.device)
 
 
 class Parts(Dataset[tuple[Tensor, Tensor]]):

@@ -17,7 +17,7 @@ from nsl_dist.ablation.summary import Outcome, draw, summarise
 from nsl_dist.config import TrainConfig, flatten
 from nsl_dist.data.shards import layout_of, open_data
 from nsl_dist.progress import duration, show_results
-from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, StoppedError, TrainingError, run_folder
+from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, RunFolder, StoppedError, TrainingError
 from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.train import cpus_needed, refuse_to_change, train
 
@@ -71,8 +71,8 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     by_arm = _by_arm(study, seeds)
     trials = {str(config.run_name): config for _, config in by_arm}
     for config in trials.values():
-        refuse_to_change(config, run_folder(base.storage, str(config.run_name)))
-    to_do = {name: config for name, config in trials.items() if not _is_finished(config)}
+        refuse_to_change(config)
+    to_do = {name: config for name, config in trials.items() if not RunFolder.of(config).is_finished()}
     print(
         f"     study  {run_name}: {study.title}\n"
         f"    trials  {len(study.arms)} settings x {len(seeds)} seeds = {len(trials)}, {at_once} at a time"
@@ -128,14 +128,6 @@ def _by_arm(study: Study, seeds: tuple[int, ...]) -> list[tuple[str, TrainConfig
     ]
 
 
-def _results_of(config: TrainConfig) -> str:
-    return storage.join(run_folder(config.storage, str(config.run_name)), RESULTS_FILE)
-
-
-def _is_finished(config: TrainConfig) -> bool:
-    return storage.exists(_results_of(config))
-
-
 def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: int) -> None:
     """Run trials to their ends; those that fail do not stop the others.
 
@@ -164,7 +156,7 @@ def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: i
         ),
     )
     found = tuner.fit()
-    left = sum(not _is_finished(config) for config in trials.values())
+    left = sum(not RunFolder.of(config).is_finished() for config in trials.values())
     goes_on = f"the same command with --run-name {study_folder.rpartition('/')[2]} goes on with them"
     if left > found.num_errors:
         raise StoppedError(signal.SIGINT, f"the study was stopped with {left} of {len(trials)} trials to do; {goes_on}")
@@ -191,7 +183,7 @@ class _Show(tune.Callback):
         """Say what came out, and how long the others will take."""
         self._num_done += 1
         name = trial.config["run_name"]
-        results = json.loads(storage.read_bytes(_results_of(self._trials[name])))
+        results = json.loads(storage.read_bytes(RunFolder.of(self._trials[name]).results))
         recall = ", ".join(f"{kind} {100 * by_k['1']:.1f}" for kind, by_k in results["recall"].items())
         each = (time.monotonic() - self._started) / self._num_done
         left = duration(each * (len(self._trials) - self._num_done))
@@ -204,7 +196,7 @@ class _Show(tune.Callback):
 
 
 def _outcome(config: TrainConfig, arm: str, tracker: Tracker) -> Outcome:
-    results = json.loads(storage.read_bytes(_results_of(config)))
+    results = json.loads(storage.read_bytes(RunFolder.of(config).results))
     history = tracker.history(["loss", "recall_at_1_float"], run_id=results["mlflow_run_id"])
     optim, num_steps = config.optim, results["steps"]
     steps_per_epoch = num_steps / (optim.epochs + optim.new_layers_epochs)

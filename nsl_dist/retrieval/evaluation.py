@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.util.queue import Queue
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, TrainEvalConfig, config_from_dict
+from nsl_dist.config import EvaluateConfig, Layout, TrainConfig, TrainEvalConfig
 from nsl_dist.data.shards import Manifest, open_data
 from nsl_dist.progress import duration, show_results
 from nsl_dist.retrieval.batch_inference import embed, embeddings_key
@@ -19,7 +18,7 @@ from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.metrics import Ranks, bootstrap_intervals, join, recall_at_k
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
 from nsl_dist.retrieval.sharded_search import Gallery, Kind, check_index, judge_of, open_gallery, sample_blocks, search
-from nsl_dist.run import MODEL_FILE, RESULTS_FILE, RUN_FILE, find_checkpoint, keep_best
+from nsl_dist.run import MODEL_FILE, RESULTS_FILE, CheckpointRecord, find_checkpoint
 
 # What each data set is reported with (paper, section 4.1).
 RECALL_AT: dict[Layout, tuple[int, ...]] = {
@@ -205,32 +204,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate_checkpoint(
-    checkpoint: Any, *, step: int, config: TrainConfig, manifest: Manifest, run_dir: str, progress: Queue
-) -> dict[str, float]:
-    """Evaluate a checkpoint beside the training: a validation function of Ray Train.
-
-    Args:
-        checkpoint: a `ray.train.Checkpoint`.
-        step: iterations before it.
-        config: of the run.
-        manifest: of the shards.
-        run_dir: that the checkpoint lies in.
-        progress: takes the full result to the driver.
-
-    Returns:
-        Metrics for Ray Train to keep with the checkpoint.
-
-    """
-    cluster.quiet_ray_data()
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, nmi=False))
-    location = storage.join(run_dir, checkpoint.path.rpartition("/")[2])
-    results = evaluate(storage.join(location, MODEL_FILE), config, manifest, num_gpus=0)  # training holds the GPUs
-    keep_best(location, results, run_dir)
-    progress.put({"step": step, "evaluation": results})
-    return metrics_by_name(results)
-
-
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a checkpoint by itself; show progress and results; return what is written to `results.json`.
 
@@ -241,9 +214,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     config = dataclasses.replace(config, storage=storage.absolute(config.storage))
     checkpoint = find_checkpoint(config.checkpoint)
-    location = storage.join(checkpoint, RUN_FILE)
-    trained = json.loads(storage.read_bytes(location))
-    settings = config_from_dict(trained["config"], location=location)
+    trained = CheckpointRecord.read(checkpoint)
+    settings = trained.model_settings()
     storage.check_writable(config.storage)
     tracker = None
     if config.run_id is not None:
@@ -260,19 +232,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         fix="choose another --device, or add nodes",
     )
     num_gpus = cluster.totals()[1] if on_gpus else 0
-    manifest = _open_test_data(config, settings, trained["digest"])
+    manifest = _open_test_data(config, settings, trained.digest)
     ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
     settings = dataclasses.replace(settings, storage=config.storage, eval=TrainEvalConfig(**ours))
     weights = storage.join(checkpoint, MODEL_FILE)
     _check_weights(weights, settings)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained['step']}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained.step}"
     if tracker is not None:
         tracker.start_evaluation(config, manifest, parent=str(config.run_id), name=name)
     query, gallery = manifest.evaluation_splits
     images = f"{manifest.splits[query]['num_images']:,} images of {manifest.splits[query]['num_classes']:,} classes"
     searched = "the rest" if query == gallery else f"{manifest.splits[gallery]['num_images']:,} images of the gallery"
     lines = {
-        "checkpoint": f"{checkpoint}, after {trained['step']:,} iterations",
+        "checkpoint": f"{checkpoint}, after {trained.step:,} iterations",
         "model": f"{settings.model.backbone}, {settings.model.dim} dimensions, {settings.data.image_size} pixels",
         "data": f"{manifest.root} (digest {manifest.digest[:16]}, layout {manifest.layout})",
         "search": f"{images} query {searched}; {config.eval.index or 'exact'}, "
@@ -293,7 +265,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise
     results |= {
         "checkpoint": checkpoint,
-        "step": trained["step"],
+        "step": trained.step,
         "data": {"digest": manifest.digest, "source": manifest.source, **manifest.splits},
         "config": dataclasses.asdict(config),
     }
@@ -303,13 +275,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     files = write_report(
         folder,
         results,
-        name=f"{settings.run_name}, after {trained['step']:,} iterations",
+        name=f"{settings.run_name}, after {trained.step:,} iterations",
         config=settings,
         manifest=manifest,
         history=tracker.history(curves(results), run_id=str(config.run_id)) if tracker is not None else {},
     )
     if tracker is not None:
-        tracker.log(metrics_by_name(results), step=trained["step"])
+        tracker.log(metrics_by_name(results), step=trained.step)
         for path, text in {RESULTS_FILE: content, **files}.items():
             tracker.log_file(path, text)
         tracker.finish(status="FINISHED")

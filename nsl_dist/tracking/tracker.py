@@ -16,7 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from nsl_dist import storage
 from nsl_dist.config import EvaluateConfig, TrainConfig, flatten
-from nsl_dist.run import unsent_file
+from nsl_dist.run import CheckpointRecord, unsent_file
 
 if TYPE_CHECKING:
     from nsl_dist.data.shards import Manifest
@@ -204,7 +204,7 @@ class Tracker:
         """Log a text as an artifact, now or when MLflow can be reached again."""
         self._send({"file": name, "content": content})
 
-    def register(self, checkpoint: str, *, name: str, step: int) -> str:
+    def register(self, checkpoint: str, *, name: str) -> str:
         """Register the model of a checkpoint as the newest version of `name`; return the URI to load it by.
 
         Raises:
@@ -213,6 +213,7 @@ class Tracker:
         """
         from nsl_dist.tracking.models import register  # imports torch
 
+        step = CheckpointRecord.read(checkpoint).step
         try:
             number = register(checkpoint, name=name, run_id=self.run_id, step=step, tracking_uri=self._tracking_uri)
         except (mlflow.exceptions.MlflowException, OSError) as error:
@@ -279,6 +280,9 @@ class Tracker:
                 if not was_away:
                     cause = storage.without_password(str(error))
                     print(f"MLflow {self.uri} does not answer; its records are sent later: {cause}", flush=True)
+            except Exception:
+                self._unsent.popleft()  # it can never be sent, and must not hold up those after it
+                raise
         if was_away and not self._away:
             print(f"MLflow {self.uri} answers again and has all records", flush=True)
         self._keep_unsent()

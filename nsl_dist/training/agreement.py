@@ -11,6 +11,7 @@ from ray.util.queue import Queue
 
 from nsl_dist import cluster
 from nsl_dist.config import TrainConfig
+from nsl_dist.training.records import ClusterChanged
 
 AGREE_EVERY_SECONDS = 2.0  # about: how often the workers ask whether to leave, or to write a checkpoint out of turn
 
@@ -26,8 +27,8 @@ class Agreed:
 class Agreement:
     """What all workers do after the same iteration: write a checkpoint out of turn, or write one and leave."""
 
-    def __init__(self, config: TrainConfig, progress: Queue, orders: Queue, *, first_step: int) -> None:
-        self._progress = progress
+    def __init__(self, config: TrainConfig, records: Queue, orders: Queue, *, first_step: int) -> None:
+        self._records = records
         self._minutes = config.checkpoint.minutes
         self._orders = orders
         self._rank = ray.train.get_context().get_world_rank()
@@ -58,7 +59,7 @@ class Agreement:
             grown, noticed = self._elastic and nodes - before, (before - nodes).intersection(self._worker_nodes)
             self._nodes = nodes
             if nodes != before:
-                self._progress.put({"step": step, "cluster": cluster.described()})
+                self._records.put(ClusterChanged(step, cluster.described()))
             write = bool(due or noticed or grown or leave)
             if write:
                 self._written_at = now

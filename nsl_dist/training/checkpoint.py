@@ -14,7 +14,6 @@ checkpoint whose files are all there is whole: each appears complete or not at a
 
 import dataclasses
 import functools
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,14 @@ from nsl_dist import storage
 from nsl_dist.embedder import describe, load_weights, weights_of
 from nsl_dist.memory_map import map_file
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, OPTIMIZER_FILE, RUN_FILE, rows_file
+from nsl_dist.run import (
+    DESCRIPTION_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    RUN_FILE,
+    CheckpointRecord,
+    rows_file,
+)
 from nsl_dist.training.row_files import read_rows, write_rows
 from nsl_dist.training.step import TrainingStep
 
@@ -106,18 +112,18 @@ class Checkpointer:
         write_rows(storage.join(location, name), self._rows, start=partition.start)
         if partition.rank > 0:
             return
-        run = {
-            "step": self._step,
-            "num_classes": partition.num_classes,
-            "world_size": partition.world_size,
-            "digest": self._digest,
-            "config": dataclasses.asdict(config),
-        }
+        record = CheckpointRecord(
+            step=self._step,
+            num_classes=partition.num_classes,
+            world_size=partition.world_size,
+            digest=self._digest,
+            config=dataclasses.asdict(config),
+        )
         contents = {
             MODEL_FILE: weights_of(self._model),
             DESCRIPTION_FILE: describe(config),
             OPTIMIZER_FILE: save_safetensors(self._optimizer),
-            RUN_FILE: json.dumps(run, indent=1).encode(),
+            RUN_FILE: record.to_json(),
         }
         for name, content in contents.items():
             storage.write_bytes(storage.join(location, name), content)
@@ -147,15 +153,14 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
     def read(name: str) -> bytes:
         return storage.patiently(lambda: storage.read_bytes(storage.join(location, name)))
 
-    run = json.loads(read(RUN_FILE))
+    record = storage.patiently(lambda: CheckpointRecord.read(location))
     partition = training.proxies.partition
-    if (run["digest"], run["num_classes"]) != (digest, partition.num_classes):
+    if (record.digest, record.num_classes) != (digest, partition.num_classes):
         raise ValueError(
-            f"checkpoint {location} is of data {run['digest'][:16]} with {run['num_classes']} classes, this run "
+            f"checkpoint {location} is of data {record.digest[:16]} with {record.num_classes} classes, this run "
             f"trains on {digest[:16]} with {partition.num_classes}; choose another --run-name"
         )
-    step = int(run["step"])
-    training.begin_phase(max(step - 1, 0))  # that of the step before, whose optimiser was saved
+    training.begin_phase(max(record.step - 1, 0))  # that of the step before, whose optimiser was saved
     weights, content = read(MODEL_FILE), read(OPTIMIZER_FILE)
     load_weights(training.model, weights, location=location)
     try:
@@ -164,12 +169,12 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
         raise ValueError(f"{location}/{OPTIMIZER_FILE} is damaged: {error}") from error
     num_bytes = len(weights) + len(content)
     rows = training.proxies.overwrite()
-    for rank in range(run["world_size"]):
-        saved = Partition(partition.num_classes, rank, run["world_size"])
+    for rank in range(record.world_size):
+        saved = Partition(partition.num_classes, rank, record.world_size)
         first, last = max(saved.start, partition.start), min(saved.stop, partition.stop)
         if first < last:
             ours = {name: tensor[first - partition.start : last - partition.start] for name, tensor in rows.items()}
-            path = storage.join(location, rows_file(rank, run["world_size"]))
+            path = storage.join(location, rows_file(rank, record.world_size))
             num_bytes += storage.patiently(functools.partial(read_rows, path, ours, first_row=first))
     training.proxies.resume(
         {name.removeprefix(HISTORY): tensor for name, tensor in state.items() if name.startswith(HISTORY)}
@@ -178,7 +183,7 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
         for name, parameter in training.model.named_parameters():
             if name in state:
                 training.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(state[name])
-    return Loaded(step, num_bytes)
+    return Loaded(record.step, num_bytes)
 
 
 def _optimizer_state(training: TrainingStep) -> dict[str, Tensor]:

@@ -3,10 +3,28 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Averages since the last reading.
+
+    Attributes:
+        data_wait_share: share of the time that was spent waiting for data.
+        seconds_left: until the last iteration, at the rate since the second; None after the first, which waits for the
+            first batch.
+
+    """
+
+    images_per_second: float
+    step_seconds: float
+    data_wait_share: float
+    seconds_left: float | None
 
 
 class Meter:
-    """Throughput, share of the time spent waiting for data, and time left, which the first batch tells nothing of."""
+    """Measures throughput and time spent waiting for data."""
 
     def __init__(self, first_step: int, num_steps: int, batch_size: int) -> None:
         self._first_step = first_step
@@ -25,19 +43,15 @@ class Meter:
         finally:
             self._waited += time.monotonic() - started
 
-    def read(self, step: int) -> dict[str, float]:
-        """Return the figures since the last reading."""
+    def read(self, step: int) -> Rates:
+        """Return the rates since the last reading, after iteration `step`."""
         now = time.monotonic()
         elapsed, steps = now - self._read_at, step + 1 - self._read_step
-        figures = {
-            "images_per_second": steps * self._batch_size / elapsed,
-            "step_seconds": elapsed / steps,
-            "data_wait_share": self._waited / elapsed,
-        }
+        seconds_left = None
         if step == self._first_step:
             self._started = now
         else:
-            per_step = (now - self._started) / (step - self._first_step)
-            figures["seconds_left"] = per_step * (self._num_steps - step - 1)
+            seconds_left = (now - self._started) / (step - self._first_step) * (self._num_steps - step - 1)
+        rates = Rates(steps * self._batch_size / elapsed, elapsed / steps, self._waited / elapsed, seconds_left)
         self._read_at, self._read_step, self._waited = now, step + 1, 0.0
-        return figures
+        return rates

@@ -1,114 +1,138 @@
-"""What workers and mid-run evaluations report, shown as plain lines and tracked in MLflow."""
+"""Shows what workers report as plain lines or a progress bar, and tracks it in MLflow."""
 
+import dataclasses
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray.util.queue import Queue
 
-from nsl_dist.progress import Bar, Phases, duration
+from nsl_dist.progress import Bar, Phases, counted, duration
 from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
 from nsl_dist.schedule import Schedule
+from nsl_dist.training.records import (
+    AttemptStarted,
+    CheckpointWritten,
+    ClusterChanged,
+    Evaluated,
+    Left,
+    NodeMeasured,
+    Record,
+    StepMetrics,
+    Warned,
+)
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
 
 
-class Relay:
+class Reporter:
     """Takes records from a queue in a thread of its own until it is closed.
 
-    Steps that are done again after a failure are shown but not tracked again.
+    Iterations that are repeated after a failure are shown, but not tracked again. A record that cannot be shown or
+    tracked is lost with a warning, now and when the reporter is closed; the others are not.
 
     Args:
-        records: from the workers.
-        tracked: the MLflow run.
-        schedule: of the run.
-        phases: of its start; the last ends with the first iteration.
+        records: queue of `Record`; None in it ends the thread.
+        phases: of the start of the run; the last one ends with the first iteration.
 
     Attributes:
         rates: throughputs so far, images/s.
-        left_at: iterations after which the workers have left as they were told; None: they have not.
+        left_at: iterations after which the workers left as they were told to; None: they have not.
 
     """
 
-    def __init__(self, records: Queue, tracked: "Tracker", schedule: Schedule, phases: Phases) -> None:
+    def __init__(self, records: Queue, tracker: "Tracker", schedule: Schedule, phases: Phases) -> None:
         self.rates: list[float] = []
         self.left_at: int | None = None
         self._records = records
-        self._tracked = tracked
+        self._tracker = tracker
         self._schedule = schedule
         self._phases = phases
         self._shown_step = 0
         self._seen_at = time.monotonic()
         self._num_attempts = 0
+        self._lost: list[str] = []
         self._bar: Bar | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Relay what is left."""
+        """Report the records that are left, and how many were lost."""
         self._records.put(None)
         self._thread.join()
-
-    def _run(self) -> None:
-        while (record := self._records.get()) is not None:
-            step = record.pop("step")
-            if "evaluation" in record:
-                print(f"step {step:,}: {recall_line(record['evaluation'])}", flush=True)
-                self._tracked.log(metrics_by_name(record["evaluation"]), step=step)
-            elif "attempt" in record:
-                self._show_attempt(record["attempt"], step)
-            elif "left" in record:
-                self.left_at = step
-            elif "cluster" in record:
-                print(f"step {step:,}: the cluster has {record['cluster']} now", flush=True)
-            elif "node" in record:
-                self._tracked.log(record["node"], step=self._shown_step, once=True)
-            elif "warning" in record:
-                print(f"step {step:,}: {record['warning']}", flush=True)
-            elif "checkpoint" in record:
-                print(
-                    f"step {step:,}: {record['checkpoint']} written in {record['seconds']:.1f} s, for which training "
-                    f"waited {record['waited']:.2f} s",
-                    flush=True,
-                )
-                self._tracked.log({"checkpoint_wait_seconds": record["waited"]}, step=step)
-            else:
-                self._show_step(record, step)
-
-    def _show_attempt(self, attempt: dict[str, Any], step: int) -> None:
-        """Say where and how training begins, or goes on after a failure."""
-        self._num_attempts += 1
-        where = f"on {attempt['world_size']} workers"
-        if attempt["checkpoint"] is not None:
-            name, mib = attempt["checkpoint"].rpartition("/")[2], attempt["bytes_read"] / 2**20
-            where += f" from {name}, of which the first worker read {mib:,.1f} MiB"
-        if attempt["left_out"]:
-            where += f", without {attempt['left_out']:,} classes of damaged shards"
-        if self._num_attempts == 1:
-            self._phases.end("workers and first iteration")
-            print(f"step {step + 1:,}: training {where}\nstarted in {self._phases}", flush=True)
-        else:
-            again = max(0, self._shown_step - step)
-            silence = duration(time.monotonic() - self._seen_at)
+        if self._lost:
             print(
-                f"step {step + 1:,}: training goes on {where}, {silence} after the last sign of the workers before; "
-                f"{again} steps or more are done again",
+                f"warning: {counted(len(self._lost), 'record')} of this run could not be shown or tracked; "
+                f"the first: {self._lost[0]}",
                 flush=True,
             )
 
-    def _show_step(self, record: dict[str, float], step: int) -> None:
-        schedule = self._schedule
-        left = record.pop("seconds_left", None)
-        if left is not None:  # unknown after the first step, which waits for the first batch
-            self.rates.append(record["images_per_second"])
+    def _run(self) -> None:
+        while (record := self._records.get()) is not None:
+            try:
+                self._take(record)
+            except Exception as error:  # whatever it is, the records after it must not be lost
+                self._lost.append(f"{type(record).__name__}: {error!r}")
+                print(f"warning: a record could not be shown or tracked: {self._lost[-1]}", flush=True)
+
+    def _take(self, record: Record) -> None:
+        match record:
+            case AttemptStarted():
+                self._show_attempt(record)
+            case StepMetrics():
+                self._show_step(record)
+            case CheckpointWritten(step, name, seconds, waited):
+                self._say(step, f"{name} written in {seconds:.1f} s, for which training waited {waited:.2f} s")
+                self._tracker.log({"checkpoint_wait_seconds": waited}, step=step)
+            case Evaluated(step, results):
+                self._say(step, recall_line(results))
+                self._tracker.log(metrics_by_name(results), step=step)
+            case ClusterChanged(step, described):
+                self._say(step, f"the cluster now has {described}")
+            case NodeMeasured(metrics):
+                self._tracker.log(metrics, step=self._shown_step, once=True)
+            case Warned(step, text):
+                self._say(step, text)
+            case Left(step):
+                self.left_at = step
+
+    @staticmethod
+    def _say(step: int, text: str) -> None:
+        print(f"step {step:,}: {text}", flush=True)
+
+    def _show_attempt(self, attempt: AttemptStarted) -> None:
+        """Say where and how training starts, or continues after a failure."""
+        self._num_attempts += 1
+        where = f"on {counted(attempt.world_size, 'worker')}"
+        if attempt.checkpoint is not None:
+            name, mib = attempt.checkpoint.rpartition("/")[2], attempt.bytes_read / 2**20
+            where += f" from {name}, of which the first worker read {mib:,.1f} MiB"
+        if attempt.num_left_out:
+            where += f", without {attempt.num_left_out:,} classes of damaged shards"
+        if self._num_attempts == 1:
+            self._phases.end("workers and first iteration")
+            self._say(attempt.step + 1, f"training {where}\nstarted in {self._phases}")
+        else:
+            again = max(0, self._shown_step - attempt.step)
+            silence = duration(time.monotonic() - self._seen_at)
+            self._say(
+                attempt.step + 1,
+                f"training continues {where}, {silence} after the last sign of the workers before; at least "
+                f"{counted(again, 'step')} repeated",
+            )
+
+    def _show_step(self, metrics: StepMetrics) -> None:
+        schedule, step = self._schedule, metrics.step
+        if metrics.seconds_left is not None:
+            self.rates.append(metrics.images_per_second)
         epoch = (step - 1) // schedule.steps_per_epoch + 1
         line = (
-            f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {record['loss']:.3f}  "
-            f"accuracy {record['accuracy']:.0%}  lr {record['learning_rate']:.2g}  "
-            f"{record['images_per_second']:.0f} images/s  data wait {record['data_wait_share']:.0%}"
-            + (f"  {duration(left)} left" if left is not None else "")
+            f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {metrics.loss:.3f}  "
+            f"accuracy {metrics.accuracy:.0%}  lr {metrics.learning_rate:.2g}  "
+            f"{metrics.images_per_second:.0f} images/s  data wait {metrics.data_wait_share:.0%}"
+            + (f"  {duration(metrics.seconds_left)} left" if metrics.seconds_left is not None else "")
         )
         if sys.stdout.isatty():
             self._bar = self._bar or Bar("train", schedule.num_steps)
@@ -116,4 +140,6 @@ class Relay:
         else:
             print(line, flush=True)
         self._shown_step, self._seen_at = step, time.monotonic()
-        self._tracked.log(record, step=step, once=True)
+        tracked = dataclasses.asdict(metrics)
+        del tracked["step"], tracked["seconds_left"]
+        self._tracker.log(tracked, step=step, once=True)

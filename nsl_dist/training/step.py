@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from nsl_dist.config import TrainConfig
@@ -25,7 +24,6 @@ class TrainingStep:
     Attributes:
         model: the bare embedding model.
         proxies: this worker's part of the class-proxy matrix.
-        mesh: the workers as torch.distributed.tensor names them, for the proxies; None for one alone.
         optimizer: of the model's trainable parameters; None where the phase trains the proxies alone.
         schedule: phases and learning rates.
 
@@ -36,7 +34,7 @@ class TrainingStep:
         config: TrainConfig,
         *,
         num_classes: int,
-        steps_per_epoch: int,
+        schedule: Schedule,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
@@ -48,7 +46,7 @@ class TrainingStep:
         Args:
             config: of the run.
             num_classes: of all workers.
-            steps_per_epoch: of the plan.
+            schedule: phases and learning rates.
             device: of this worker.
             rank: of this worker.
             world_size: number of workers.
@@ -60,7 +58,7 @@ class TrainingStep:
         self.device = device
         self._rank = rank
         self.group = group if world_size > 1 else None
-        self.schedule = Schedule(config.optim, steps_per_epoch)
+        self.schedule = schedule
         self.dtype = autocast_dtype(config.precision, device)
         self.model = build_model(config.model, seed=config.seed, pretrained=pretrained).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,9 +70,6 @@ class TrainingStep:
             device=device,
             group=self.group,
         )
-        # Of the device that the proxies are placed on: a DTensor copies what lies elsewhere than its mesh.
-        kind = self.proxies.weight.values.device.type
-        self.mesh = DeviceMesh.from_group(self.group, kind) if self.group is not None else None
         self.optimizer: torch.optim.SGD | None = None
         self.begin_phase(0)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.recipes import cars196_resnet50, sop_resnet50
+from nsl_dist.schedule import Schedule
 from nsl_dist.training.step import TrainingStep
 from tests.distributed.workers import run
 
@@ -144,7 +145,7 @@ def check(rank: int, world_size: int, images_per_class: int, batch_size: int, fr
     training = TrainingStep(
         config,
         num_classes=NUM_CLASSES,
-        steps_per_epoch=EPOCH,
+        schedule=Schedule(config.optim, EPOCH),
         device=torch.device("cpu"),
         rank=rank,
         world_size=world_size,

@@ -14,14 +14,8 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.transforms import decode, eval_transform, normalise
 from nsl_dist.embedder import load_embedder
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.run import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    checkpoint_name,
-    newest_checkpoint,
-    prune_checkpoints,
-    rows_file,
-)
+from nsl_dist.run import MODEL_FILE, OPTIMIZER_FILE, RunFolder, rows_file
+from nsl_dist.schedule import Schedule
 from nsl_dist.training import checkpoint
 from nsl_dist.training.step import TrainingStep
 from tests.conftest import encode
@@ -59,7 +53,7 @@ def train(
     training = TrainingStep(
         LONG if long else dataclasses.replace(CONFIG, proxies=proxies),
         num_classes=PLAN.num_classes,
-        steps_per_epoch=PLAN.steps_per_epoch,
+        schedule=Schedule((LONG if long else CONFIG).optim, PLAN.steps_per_epoch),
         device=torch.device("cpu"),
         rank=rank,
         world_size=world_size,
@@ -226,7 +220,7 @@ def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     write(train(0, 1, first_step=0, last_step=1, load=None), tmp_path / "checkpoint_000000001", step=1)
     write(train(0, 1, first_step=0, last_step=2, load=None), tmp_path / "checkpoint_000000002", step=2)
     newest = tmp_path / "checkpoint_000000002"
-    assert newest_checkpoint(str(tmp_path)) == str(newest)
+    assert RunFolder(str(tmp_path)).newest_checkpoint() == (str(newest), 2)
     rows = newest / rows_file(0, 1)
     rows.write_bytes(rows.read_bytes()[:-1])
     with pytest.raises(ValueError, match="it was cut off"):
@@ -236,20 +230,21 @@ def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optimizer.safetensors is damaged"):
         train(0, 1, first_step=2, last_step=2, load=newest)
     rows.write_bytes(b"")  # as a power cut leaves it
-    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_000000001")
+    assert RunFolder(str(tmp_path)).newest_checkpoint() == (str(tmp_path / "checkpoint_000000001"), 1)
 
 
 def test_checkpoints_half_written_do_not_count(tmp_path: Path) -> None:
-    names = [checkpoint_name(step) for step in (1, 2, 3)]
+    folder = RunFolder(str(tmp_path))
+    names = [Path(folder.checkpoint(step)).name for step in (1, 2, 3)]
     training = train(0, 1, first_step=0, last_step=1, load=None)
     for step, name in enumerate(names, start=1):
         write(training, tmp_path / name, step=step)
     (tmp_path / names[1] / rows_file(0, 1)).unlink()
-    prune_checkpoints(str(tmp_path), keep=None)
+    folder.prune_checkpoints(keep=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[2]]
     write(training, tmp_path / names[1], step=2)
     (tmp_path / names[2] / "run.json").unlink()
-    prune_checkpoints(str(tmp_path), keep=1)
+    folder.prune_checkpoints(keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [names[1]]
 
 

@@ -30,11 +30,13 @@ from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import DamagedShardError, Manifest, _open_shard, load_manifest, open_data
 from nsl_dist.data.stream import fetch
 from nsl_dist.data.transforms import augment
-from nsl_dist.run import TrainingError, checkpoint_name, left_out_shards, newest_checkpoint, step_of
+from nsl_dist.run import RunFolder, TrainingError
+from nsl_dist.schedule import Schedule
 from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.checkpoint import Checkpointer
+from nsl_dist.training.fit import drop_damaged_record
 from nsl_dist.training.step import TrainingStep
-from nsl_dist.training.train import _as_started, _drop_damaged_record, _start_tracking, refuse_to_change, train
+from nsl_dist.training.train import as_started, begin, refuse_to_change, train
 from tests.conftest import write_sop
 from tests.distributed.test_step import write
 from tests.distributed.workers import run
@@ -61,7 +63,7 @@ def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
     training = TrainingStep(
         config,
         num_classes=split.num_classes,
-        steps_per_epoch=plan.steps_per_epoch,
+        schedule=Schedule(config.optim, plan.steps_per_epoch),
         device=torch.device("cpu"),
         rank=rank,
         world_size=world_size,
@@ -74,7 +76,8 @@ def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
         images = augment(resized, positions, config.data, seed=config.seed, step=step)
         training.run(images, plan.batch(step).labels, step=step)
     training.proxies.complete(step=step + 1)
-    write(training, Path(run_dir).with_name("undisturbed") / checkpoint_name(step + 1), step=step + 1)
+    undisturbed_run = RunFolder(str(Path(run_dir).with_name("undisturbed")))
+    write(training, Path(undisturbed_run.checkpoint(step + 1)), step=step + 1)
 
 
 @contextlib.contextmanager
@@ -163,12 +166,14 @@ def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
         stopped_at = driver.step
         driver.process.terminate()
         assert driver.process.wait(120) == 143, driver.output
-    workers = re.findall(r"training (?:goes on )?on (\d) workers", driver.output)
+    workers = re.findall(r"training (?:continues )?on (\d) worker", driver.output)
     assert workers == ["2", "1", "2"]
     _, after_notice, after_growth = driver.attempts
     assert after_notice > 20  # a checkpoint was written for it
     assert after_growth > after_notice
-    assert step_of(newest_checkpoint(str(tmp_path / "runs" / "elastic")) or "") >= stopped_at
+    newest = RunFolder(str(tmp_path / "runs" / "elastic")).newest_checkpoint()
+    assert newest is not None
+    assert newest[1] >= stopped_at
 
 
 @pytest.mark.usefixtures("cluster")
@@ -194,11 +199,11 @@ def test_lasting_errors_end_the_run_at_once(tmp_path: Path, capfd: pytest.Captur
     message = r"step \d+: embeddings are nan or infinite: \d+ of the 10 of worker 0(.|\n)*The last checkpoint is none"
     with pytest.raises(TrainingError, match=message):
         train(config)
-    assert left_out_shards(str(tmp_path / "runs" / "faults")) == [split.shard_names[0]]
+    assert RunFolder(str(tmp_path / "runs" / "faults")).left_out_shards() == [split.shard_names[0]]
     num_classes = int((split.shards == 0).sum())
     lines = [line for line in capfd.readouterr().out.splitlines() if ": training " in line]
     assert [line.partition(": ")[2] for line in lines] == [
-        f"training on 1 workers, without {num_classes} classes of damaged shards"
+        f"training on 1 worker, without {num_classes} classes of damaged shards"
     ]
 
 
@@ -226,37 +231,32 @@ def test_a_damaged_shard_is_named(tmp_path: Path, cluster: None) -> None:
 
 
 def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
-    config = TrainConfig(run_name="x", num_workers=1, optim=OptimConfig(lr=0.01))
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    free = dataclasses.replace(config, num_workers=2, device="cpu", max_failures=7)
-    refuse_to_change(free, str(tmp_path))
-    run_dir = tmp_path / "runs" / "x"
-    run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(free) | {"threads": 3}))
-    open_to_cluster = dataclasses.replace(config, storage=str(tmp_path), num_workers=None)
-    settled = _as_started(open_to_cluster, str(run_dir))
+    config = TrainConfig(storage=str(tmp_path), run_name="x", num_workers=1, optim=OptimConfig(lr=0.01))
+    folder = RunFolder.of(config)
+    assert as_started(config) == config  # it was not
+    free = dataclasses.replace(config, num_workers=2, device="cpu", max_failures=7, threads=3)
+    folder.begin(free, digest="d", mlflow_run_id="m")
+    refuse_to_change(config)
+    settled = as_started(dataclasses.replace(config, num_workers=None))
     assert (settled.device, settled.num_workers, settled.threads) == ("cpu", 2, 3)
-    assert _as_started(dataclasses.replace(open_to_cluster, num_workers=4), str(run_dir)).num_workers == 4
+    assert as_started(dataclasses.replace(config, num_workers=4)).num_workers == 4
     changed = dataclasses.replace(config, optim=OptimConfig(lr=0.02), proxies=ProxyConfig(sample_rate=0.1))
     with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; give the same"):
-        refuse_to_change(changed, str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"margin": 0.1}))
+        refuse_to_change(changed)
+    Path(folder.file("config.json")).write_text(json.dumps(dataclasses.asdict(config) | {"margin": 0.1}))
     with pytest.raises(ValueError, match=r"config.json is of another release of nsl_dist: .* 'margin'"):
-        refuse_to_change(free, str(tmp_path))
+        refuse_to_change(config)
 
 
 def test_other_data_is_refused(tmp_path: Path, cluster: None) -> None:
     config = TrainConfig(storage=str(tmp_path), run_name="x", num_workers=1)
     root = write_sop(tmp_path / "raw", SIZES)
     manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
-    run_dir = str(tmp_path / "runs" / "x")
-    tracker = Tracker(None, storage_root=str(tmp_path))
-    _start_tracking(tracker, config, manifest, run_dir)
-    first = tracker.run_id
-    _start_tracking(tracker, config, manifest, run_dir)
-    assert tracker.run_id == first
+    folder, tracker = RunFolder.of(config), Tracker(None, storage_root=str(tmp_path))
+    first = begin(config, folder, manifest, tracker)
+    assert begin(config, folder, manifest, tracker) == first
     with pytest.raises(ValueError, match=r"with data of digest .*, .* has fffff; give the same --data.root"):
-        _start_tracking(tracker, config, dataclasses.replace(manifest, digest="fffff"), run_dir)
+        begin(config, folder, dataclasses.replace(manifest, digest="fffff"), tracker)
 
 
 def test_a_damaged_record_of_ray_train_is_dropped(tmp_path: Path) -> None:
@@ -268,17 +268,16 @@ def test_a_damaged_record_of_ray_train_is_dropped(tmp_path: Path) -> None:
         ('{"checkpoint_results": [{"check', True),
     ):
         record.write_text(content)
-        _drop_damaged_record(str(tmp_path))
+        drop_damaged_record(RunFolder(str(tmp_path)))
         assert record.exists() is not is_damaged
 
 
 def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
     """A folder that cannot be made, until it can: the checkpoint is written, the one before is still there."""
-    training = TrainingStep(
-        TrainConfig(data=DataConfig(image_size=32)), num_classes=7, steps_per_epoch=3, device=torch.device("cpu")
-    )
-    write(training, tmp_path / "runs" / checkpoint_name(1), step=1)
-    blocked = tmp_path / "runs" / checkpoint_name(2)
+    config, folder = TrainConfig(data=DataConfig(image_size=32)), RunFolder(str(tmp_path / "runs"))
+    training = TrainingStep(config, num_classes=7, schedule=Schedule(config.optim, 3), device=torch.device("cpu"))
+    write(training, Path(folder.checkpoint(1)), step=1)
+    blocked = Path(folder.checkpoint(2))
     blocked.write_text("in the way")
     failures: list[OSError] = []
     checkpointer = Checkpointer(training, digest="d")
@@ -290,7 +289,7 @@ def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
     blocked.unlink()
     writing.join(30)
     assert not writing.is_alive()
-    assert newest_checkpoint(str(tmp_path / "runs")) == str(blocked)
+    assert folder.newest_checkpoint() == (str(blocked), 2)
 
 
 def test_mlflow_that_is_away_for_a_while(

@@ -1,0 +1,245 @@
+"""The training of a run by Ray Train, as its driver sees it: start, signals, failures, end."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+from ray.train import ControllerError, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nsl_dist import cluster, storage
+from nsl_dist.config import TrainConfig
+from nsl_dist.progress import Phases
+from nsl_dist.retrieval.evaluation import evaluate, metrics_by_name
+from nsl_dist.run import MODEL_FILE, Run, RunFolder, StoppedError, TrainingError
+from nsl_dist.training.records import Evaluated, NodeMeasured
+from nsl_dist.training.reporting import Reporter
+
+if TYPE_CHECKING:
+    from nsl_dist.tracking.tracker import Tracker
+
+RESIZE_SECONDS = 30.0  # how often an elastic run looks for new nodes
+# Of glibc: what a step frees stays for the next; the kernel filling new pages with zeros takes a twentieth of a step.
+KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+LEAVE_SECONDS = 10.0  # that a training which was told to stop may take to end once its checkpoint is written
+RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
+LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
+
+
+def fit(run: Run, tracker: "Tracker", phases: Phases, *, monitor_nodes: bool) -> list[float]:
+    """Train on Ray Train to the last step; return the throughputs on the way, images/s.
+
+    Args:
+        run: to train.
+        tracker: of its MLflow run.
+        phases: of its start; the last one ends with the first iteration.
+        monitor_nodes: track CPU, memory, network and GPUs of all nodes.
+
+    Raises:
+        StoppedError: by SIGTERM or SIGINT.
+        TrainingError: what cannot be mended by starting again, or failed too often.
+
+    """
+    from nsl_dist.tracking.nodes import NodeMetrics  # MLflow takes seconds to import
+
+    # On the driver's own node: the loss of another one must not take it away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    records, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
+    reporter = Reporter(records, tracker, run.schedule, phases)
+    nodes = NodeMetrics(lambda metrics: records.put(NodeMeasured(metrics))) if monitor_nodes else None
+    try:
+        stopped_by = _train_until_done(run, records, orders, reporter)
+    finally:
+        if nodes is not None:
+            nodes.close()
+        reporter.close()
+    newest = storage.patiently(run.folder.newest_checkpoint)
+    if stopped_by is not None and (newest is None or newest[1] < run.schedule.num_steps):
+        raise StoppedError(
+            stopped_by,
+            f"run {run.folder.name} was stopped; the same command with --run-name {run.folder.name} continues from "
+            f"{newest[0] if newest else 'the start'}",
+        )
+    return reporter.rates
+
+
+def worker_resources(config: TrainConfig) -> dict[str, float]:
+    """Return what one training worker of a settled configuration reserves."""
+    return {"CPU": float(config.cpus_per_worker)} | ({"GPU": 1.0} if config.device == "cuda" else {})
+
+
+def _train_until_done(run: Run, records: Queue, orders: Queue, reporter: Reporter) -> int | None:
+    """Train to the last step, starting Ray Train again where its own storage fails.
+
+    Returns:
+        The signal that stopped the training, if there was one.
+
+    """
+    name, max_failures = run.folder.name, run.config.max_failures
+
+    def workers_have_left() -> bool:
+        if reporter.left_at is None:
+            return False
+        newest = storage.patiently(run.folder.newest_checkpoint)
+        return newest is not None and newest[1] >= reporter.left_at
+
+    num_failures = 0
+    while True:
+        storage.patiently(lambda: drop_damaged_record(run.folder))
+        try:
+            return _run_until_stopped(_trainer(run, records, orders).fit, orders, has_left=workers_have_left)
+        except TrainingFailedError as error:
+            cause = error.controller_failure if isinstance(error, ControllerError) else error
+            newest = storage.patiently(run.folder.newest_checkpoint)
+            if isinstance(cause, LASTING_ERRORS):
+                last = f"The last checkpoint is {newest[0] if newest else 'none'}"
+                raise TrainingError(f"run {name}: {cause}\n{last}") from None
+            num_failures += 1
+            if not isinstance(cause, OSError) or 0 <= max_failures < num_failures:
+                raise TrainingError(
+                    f"run {name} failed (--max-failures {max_failures}): {error}\n"
+                    f"The same command with --run-name {name} continues from {newest[0] if newest else 'the start'}"
+                ) from error
+            # Storage failed where Ray Train keeps its own record, which it does not try twice.
+            print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
+
+
+def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
+    config = run.config
+    assert config.worker_range is not None
+    fewest, most = config.worker_range
+    if most > fewest:
+        # After the loss of a node Ray Train still counts it at first, and waits a minute for room for as many workers.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    filesystem, path = storage.resolve(run.folder.parent)
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={"run": run, "records": records, "orders": orders},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(fewest, most) if most > fewest else fewest,
+            use_gpu=config.device == "cuda",
+            resources_per_worker=worker_resources(config),
+            # Gradients travel fastest within a node; threads of workers on CPUs share one.
+            placement_strategy="PACK" if config.device == "cuda" else "SPREAD",
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
+        run_config=ray.train.RunConfig(
+            name=run.folder.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if config.device == "cpu" else {},
+            callbacks=[_StopAtLastingErrors()],
+        ),
+        validation_config=ray.train.ValidationConfig(
+            functools.partial(_evaluate_checkpoint, run=run, records=records), ray_remote_kwargs={"num_cpus": 0}
+        ),
+    )
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    from nsl_dist.training.loop import train_worker  # here, so that driver and controller need not load it
+
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train's own level spares the lines about each report
+    train_worker(**arguments)
+
+
+def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, records: Queue) -> dict[str, float]:
+    """Evaluate the checkpoint after `step` iterations beside the training; return metrics for Ray Train to keep."""
+    cluster.quiet_ray_data()
+    config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, nmi=False))
+    weights = storage.join(run.folder.checkpoint(step), MODEL_FILE)
+    results = evaluate(weights, config, run.manifest, num_gpus=0)  # training holds the GPUs
+    run.folder.keep_best(step, recall=results["recall"]["float"])
+    records.put(Evaluated(step, results))
+    return metrics_by_name(results)
+
+
+class _StopAtLastingErrors(ray.train.UserCallback):
+    """Ends a run, in Ray Train's controller, at errors that starting the workers again would not mend."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        for error in worker_exceptions.values():
+            if isinstance(error, LASTING_ERRORS):
+                raise error
+
+
+def drop_damaged_record(folder: RunFolder) -> None:
+    """Delete Ray Train's own record of a run's checkpoints if it was cut off or names one that is gone.
+
+    Ray Train would refuse to start. The record only says which checkpoints to delete and which to evaluate.
+    """
+    location = folder.file(RAY_TRAIN_RECORD)
+    if not storage.exists(location):
+        return
+    try:
+        results = json.loads(storage.read_bytes(location))["checkpoint_results"]
+        damaged = not all(storage.exists(folder.file(result["checkpoint_dir_name"])) for result in results)
+    except ValueError:
+        damaged = True
+    if damaged:
+        print(f"{location} is damaged; it is deleted, and the newest complete checkpoint is used", flush=True)
+        storage.delete(location)
+
+
+def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Callable[[], bool]) -> int | None:
+    """Call `work` in a thread; answer SIGTERM and SIGINT by telling the workers to leave.
+
+    A second signal ends the driver at once. Once the workers have left, `work` is not waited for much longer: Ray Train
+    would stay for all evaluations during training, which are done when the run continues.
+
+    Returns:
+        The signal, if there was one.
+
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may answer signals
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        ordered = False
+        while not wait([done], timeout=0.5).done:
+            if received and not ordered:
+                print(
+                    f"{signal.Signals(received[0]).name}: the workers write a checkpoint and leave; again: at once",
+                    flush=True,
+                )
+                orders.put("leave")
+                ordered = True
+            if ordered and has_left():
+                wait([done], timeout=LEAVE_SECONDS)
+                break
+        if done.done():
+            done.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return received[0] if received else None
