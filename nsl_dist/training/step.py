@@ -63,7 +63,7 @@ class TrainingStep:
         self.schedule = Schedule(config.optim, steps_per_epoch)
         self.dtype = autocast_dtype(config.precision, device)
         self.model = build_model(config.model, seed=config.seed, pretrained=pretrained).to(device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         self.proxies = ProxyMatrix(
             Partition(num_classes, rank, world_size),
             config.model.dim,
