@@ -2,8 +2,11 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from cattrs.errors import CattrsError
+from cattrs.preconf.json import make_converter
 
 MOST_NEIGHBOURS = 1000  # of one query to jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
@@ -434,6 +437,9 @@ class TrainConfig:
         return int(low), int(high or low)
 
 
+_FROM_JSON = make_converter(forbid_extra_keys=True, detailed_validation=False)
+
+
 def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
     """Return the configuration that `dataclasses.asdict` turned into `fields`, after a trip through JSON too.
 
@@ -442,17 +448,10 @@ def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
             range.
 
     """
-    parts = {
-        "data": DataConfig, "model": ModelConfig, "proxies": ProxyConfig, "optim": OptimConfig,
-        "checkpoint": CheckpointConfig, "eval": TrainEvalConfig, "tracking": TrackingConfig,
-    }  # fmt: skip
     try:
-        config = TrainConfig(**{name: parts[name](**each) if name in parts else each for name, each in fields.items()})
-    except TypeError as error:
+        return _FROM_JSON.structure(fields, TrainConfig)
+    except (CattrsError, TypeError) as error:
         raise ValueError(f"{location} is of another release of nsl_dist: {error}") from error
-    if config.eval.recall_at is not None:
-        config = replace(config, eval=replace(config.eval, recall_at=tuple(config.eval.recall_at)))  # a list in JSON
-    return config
 
 
 def flatten(config: "TrainConfig | EvaluateConfig") -> dict[str, Any]:

@@ -59,7 +59,7 @@ def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callabl
         if compiled and not any(map(shutil.which, ("cc", "gcc", "clang"))):
             continue  # torch.compile needs one
         classifier = Classifier(config, work.split.num_classes).to(device).train()
-        classifier.model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        classifier.model.to(memory_format=memory_format)
         forward = torch.compile(classifier) if compiled else classifier
         optimizer = sgd(classifier, config, fused=fused or None)
         plain = PlainStep(forward, optimizer, dtype, memory_format)

@@ -170,7 +170,7 @@ def twin_training(rank: int, work: Work, world_size: int, num_processes: int, *,
             timeout=timedelta(minutes=5),
         )
     classifier = Classifier(config, work.split.num_classes).to(device)
-    classifier.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier.model.to(memory_format=torch.channels_last)
     optimizer = sgd(classifier, config)
     forward = DistributedDataParallel(classifier, gradient_as_bucket_view=True) if world_size > 1 else classifier
     plain = PlainStep(forward, optimizer, autocast_dtype(config.precision, device))

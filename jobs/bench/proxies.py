@@ -166,7 +166,7 @@ class AutogradGather(Dense):
         """Return the loss."""
         embeddings_BD = F.normalize(embeddings_bD)
         if self.partition.world_size > 1:
-            embeddings_BD = _Gather.apply(embeddings_BD)  # type: ignore[no-untyped-call]
+            embeddings_BD = _Gather.apply(embeddings_BD)
         mine_B = (labels_B >= self.partition.start) & (labels_B < self.partition.stop)
         rows = labels_B[mine_B] - self.partition.start
         keys = torch.rand(self.partition.num_rows, device=labels_B.device)
@@ -177,7 +177,7 @@ class AutogradGather(Dense):
         logits = embeddings_BD @ F.normalize(self.weight[index]).T / TEMPERATURE
         if self.partition.world_size == 1:
             return F.cross_entropy(logits, columns_B)
-        loss: Tensor = _PartitionedCrossEntropy.apply(logits, columns_B)  # type: ignore[no-untyped-call]
+        loss: Tensor = _PartitionedCrossEntropy.apply(logits, columns_B)
         return loss
 
 

@@ -260,7 +260,7 @@ class _Embedder:
                 return  # others have embedded all before this actor was there, and nothing comes to it any more
             load_weights(self.model, content, location="the checkpoint")
         self.model.eval().to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         import torch

@@ -61,7 +61,7 @@ class TrainingStep:
         self.schedule = schedule
         self.dtype = autocast_dtype(config.precision, device)
         self.model = build_model(config.model, seed=config.seed, pretrained=pretrained).to(device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         self.proxies = ProxyMatrix(
             Partition(num_classes, rank, world_size),
             config.model.dim,
