@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 MOST_NEIGHBOURS = 1000  # of one query to jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
+Kind = Literal["float", "binary"]  # of embeddings: unit vectors, or the signs of their coordinates
 
 
 def _require(condition: bool, message: str) -> None:

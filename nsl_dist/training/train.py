@@ -37,8 +37,8 @@ from nsl_dist.retrieval.evaluation import (
     recall_line,
     table,
 )
+from nsl_dist.retrieval.faiss_index import check_index
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
-from nsl_dist.retrieval.sharded_search import check_index
 from nsl_dist.run import (
     BEST,
     CONFIG_FILE,

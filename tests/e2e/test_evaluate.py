@@ -20,7 +20,7 @@ from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, conf
 from nsl_dist.data.shards import load_manifest
 from nsl_dist.retrieval.batch_inference import embed
 from nsl_dist.retrieval.evaluation import run
-from nsl_dist.retrieval.sharded_search import check_index
+from nsl_dist.retrieval.faiss_index import check_index
 from nsl_dist.retrieval.vector_files import load_index
 from nsl_dist.run import MODEL_FILE, find_checkpoint
 from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from nsl_dist.retrieval.gallery_shard import read_shard
 from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
 from nsl_dist.retrieval.neighbours import Nearest, distances_of, ids_of, merge, to_keys, without
-from nsl_dist.retrieval.sharded_search import _load
 from nsl_dist.retrieval.vector_files import EmbeddingSet, load_index, pack_codes, write_file, write_index
 
 
@@ -68,7 +68,7 @@ def test_the_nearest_are_kept_and_merged_ties_by_id(pieces: list[int], values: i
 def test_a_disk_without_room_is_refused() -> None:
     gallery = EmbeddingSet("nowhere", "test", dim=8, files=("a.parquet",), counts=(2**57,))
     with pytest.raises(ValueError, match=r"cannot keep .* GiB of embeddings in .*; raise --eval.memory-budget"):
-        _load(gallery, range(gallery.num_vectors), ("float",), resident_bytes=2**30)
+        read_shard(gallery, range(gallery.num_vectors), ("float",), resident_bytes=2**30)
 
 
 def test_the_query_is_left_out_wherever_it_ranks() -> None:
