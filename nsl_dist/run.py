@@ -2,7 +2,6 @@
 
 import json
 import re
-from typing import Any
 
 from pyarrow import fs
 
@@ -126,10 +125,10 @@ def find_checkpoint(location: str) -> str:
     return checkpoint
 
 
-def keep_best(checkpoint: str, results: dict[str, Any], run_dir: str) -> None:
+def keep_best(checkpoint: str, recall_by_k: dict[int, float], run_dir: str) -> None:
     """Copy the model of a checkpoint to the run's `best`, unless one with a higher recall at the lowest K is there."""
     best = storage.join(run_dir, BEST)
-    k, recall = min(results["recall"]["float"].items(), key=lambda item: int(item[0]))
+    k, recall = min(recall_by_k.items())
     scored = storage.join(best, "score.json")
     if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= recall:
         return

@@ -20,7 +20,7 @@ def inner_products(vectors_GD: NDArray[Any], query_D: NDArray[Any]) -> NDArray[n
     Each is summed in the same order, whatever G is, at least up to the 8,192 numbers that numpy looks at together.
     """
     vectors, query = (array.astype(np.float64, copy=False) for array in (vectors_GD, query_D))
-    return np.einsum("gd,d->g", vectors, query)  # type: ignore[no-any-return]
+    return np.einsum("gd,d->g", vectors, query)
 
 
 def nearer(

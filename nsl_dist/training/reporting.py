@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ray.util.queue import Queue
 
 from nsl_dist.progress import Bar, Phases, duration
-from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
 from nsl_dist.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -55,8 +54,8 @@ class Relay:
         while (record := self._records.get()) is not None:
             step = record.pop("step")
             if "evaluation" in record:
-                print(f"step {step:,}: {recall_line(record['evaluation'])}", flush=True)
-                self._tracked.log(metrics_by_name(record["evaluation"]), step=step)
+                print(f"step {step:,}: {record['evaluation'].recall_line()}", flush=True)
+                self._tracked.log(record["evaluation"].metrics_by_name(), step=step)
             elif "attempt" in record:
                 self._show_attempt(record["attempt"], step)
             elif "left" in record:

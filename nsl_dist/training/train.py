@@ -29,16 +29,10 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import Phases, duration, show_results
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import (
-    curves,
-    evaluate,
-    evaluate_checkpoint,
-    metrics_by_name,
-    recall_line,
-    table,
-)
+from nsl_dist.retrieval.evaluation import evaluate, evaluate_checkpoint
 from nsl_dist.retrieval.faiss_index import check_index
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
+from nsl_dist.retrieval.results import table
 from nsl_dist.run import (
     BEST,
     CONFIG_FILE,
@@ -60,6 +54,7 @@ from nsl_dist.run import (
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.preflight import check_model
 from nsl_dist.training.reporting import Relay
+from nsl_dist.training.results import TrainingResults
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
@@ -75,8 +70,8 @@ RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
 LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
 
 
-def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
-    """Train and evaluate; show progress and results; return what is written to `results.json`.
+def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
+    """Train and evaluate, show progress and results, and write `results.json`.
 
     Args:
         config: of the run.
@@ -134,11 +129,11 @@ def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
 
     num_gpus = _worker_range(config)[0] if config.device == "cuda" else 0
     try:
-        results: dict[str, Any] = {}
+        untrained = None
         if config.eval.untrained:
-            results["untrained"] = evaluate(None, config, manifest, num_gpus=num_gpus)
-            tracked.log(metrics_by_name(results["untrained"]), step=0)
-            print(f"untrained: {recall_line(results['untrained'])}", flush=True)
+            untrained = evaluate(None, config, manifest, num_gpus=num_gpus)
+            tracked.log(untrained.metrics_by_name(), step=0)
+            print(f"untrained: {untrained.recall_line()}", flush=True)
             phases.end("untrained evaluation")
 
         started = time.monotonic()
@@ -147,35 +142,37 @@ def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
         seconds["train"] = time.monotonic() - started
 
         started = time.monotonic()
-        results |= evaluate(storage.join(checkpoint, MODEL_FILE), config, manifest, num_gpus=num_gpus)
-        keep_best(checkpoint, results, run_dir)
-        tracked.log(metrics_by_name(results), step=schedule.num_steps)
+        evaluation = evaluate(storage.join(checkpoint, MODEL_FILE), config, manifest, num_gpus=num_gpus)
+        keep_best(checkpoint, evaluation.recall["float"], run_dir)
+        tracked.log(evaluation.metrics_by_name(), step=schedule.num_steps)
         seconds["evaluate"] = time.monotonic() - started
 
-        results["evaluation_seconds"] = results["seconds"]
-        results |= {
-            "run_name": config.run_name,
-            "mlflow_run_id": tracked.run_id,
-            "steps": schedule.num_steps,
-            "seconds": seconds,
-            "train_images_per_second": statistics.median(rates) if rates else None,
-            "data": {"digest": manifest.digest, "source": manifest.source, **manifest.splits},
-            "left_out_shards": left_out_shards(run_dir),
-            "config": dataclasses.asdict(config),
-        }
+        results = TrainingResults(
+            evaluation=evaluation,
+            untrained=untrained,
+            run_name=str(config.run_name),
+            mlflow_run_id=tracked.run_id,
+            steps=schedule.num_steps,
+            seconds=seconds,
+            train_images_per_second=statistics.median(rates) if rates else None,
+            data={"digest": manifest.digest, "source": manifest.source, **manifest.splits},
+            left_out_shards=left_out_shards(run_dir),
+            config=dataclasses.asdict(config),
+        )
         files = {}
         if not of_study:
             files = write_report(
                 run_dir,
-                results,
+                evaluation,
                 name=str(config.run_name),
                 config=config,
                 manifest=manifest,
-                history=tracked.history(curves(results), run_id=tracked.run_id),
+                history=tracked.history(evaluation.curves(), run_id=tracked.run_id),
+                untrained=untrained,
             )
         for path, text in files.items():
             tracked.log_file(path, text)
-        content = json.dumps(results, indent=1)
+        content = json.dumps(results.to_json(), indent=1)
         tracked.log_file(RESULTS_FILE, content)
         prune_checkpoints(run_dir, keep=config.checkpoint.keep)
         tracked.finish(status="FINISHED")
@@ -575,15 +572,16 @@ def _register(name: str, best: str, tracked: "Tracker") -> None:
         print(f"{error}; later: python jobs/export.py --checkpoint {best} --register {name}", flush=True)
 
 
-def _show_results(results: dict[str, Any], run_dir: str, tracking_uri: str, *, has_report: bool) -> None:
-    trained = results | {"seconds": results["evaluation_seconds"]}
-    untrained = {"untrained": results["untrained"]} if "untrained" in results else {}
-    seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results["seconds"].items())
+def _show_results(results: TrainingResults, run_dir: str, tracking_uri: str, *, has_report: bool) -> None:
+    evaluations = {"": results.evaluation}
+    if results.untrained is not None:
+        evaluations = {"trained": results.evaluation, "untrained": results.untrained}
+    seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results.seconds.items())
     lines = [
-        "\n" + table({"trained": trained} | untrained if untrained else {"": trained}),
-        f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s",
+        "\n" + table(evaluations),
+        f"{seconds}; {results.train_images_per_second or 0:.0f} training images/s",
         *([f"report:  {run_dir}/{REPORT_FILE}"] if has_report else []),
         f"results: {run_dir}/{RESULTS_FILE}",
         f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri}",
     ]
-    show_results("\n".join(lines), results)
+    show_results("\n".join(lines), results.to_json())
