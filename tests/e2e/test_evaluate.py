@@ -256,7 +256,7 @@ def test_an_approximate_index_says_what_it_finds(config: EvaluateConfig, root: P
     assert abs(results.recall["float"][1] - exact.recall["float"][1]) <= 1 / 11
 
 
-def test_what_fails_after_the_evaluation(
+def test_results_or_report_that_cannot_be_written(
     config: EvaluateConfig, root: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """Without results its run in MLflow has failed; without a report it is finished."""
