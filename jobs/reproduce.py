@@ -18,6 +18,7 @@ from nsl_dist.commandline import parse_train_config, run_job
 from nsl_dist.config import TrainConfig, differences
 from nsl_dist.progress import show_results
 from nsl_dist.recipes import FIGURES, RECIPES
+from nsl_dist.retrieval.results import EvaluationResults
 
 
 def recipe_of(arguments: list[str]) -> str:
@@ -43,15 +44,13 @@ def recipe_of(arguments: list[str]) -> str:
     return str(recipe)
 
 
-def compare(results: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
+def compare(results: EvaluationResults, config: TrainConfig) -> list[dict[str, Any]]:
     """Return a row for each published figure, all in %; `ours` is None where it was not measured."""
     rows = []
     for published in FIGURES[config.recipe]:
-        named = {
-            f"R@{k}": (value, results["recall"][published.kind].get(str(k))) for k, value in published.recall.items()
-        }
+        named = {f"R@{k}": (value, results.recall[published.kind].get(k)) for k, value in published.recall.items()}
         if published.nmi is not None:
-            named["NMI"] = (published.nmi, results.get("nmi", {}).get(published.kind))
+            named["NMI"] = (published.nmi, (results.nmi or {}).get(published.kind))
         for metric, (value, share) in named.items():
             ours = None if share is None else 100 * share
             rows.append(
@@ -90,10 +89,9 @@ def main() -> None:
 
     results = train(config)
     changed = differences(RECIPES[config.recipe](), config)
-    rows = compare(results, config)
+    rows = compare(results.evaluation, config)
     found = {"recipe": config.recipe, "changed": changed, "published": rows}
-    folder = RunFolder.of(dataclasses.replace(config, run_name=results["run_name"]))
-    location = folder.file("published.json")
+    location = RunFolder.of(dataclasses.replace(config, run_name=results.run_name)).file("published.json")
     storage.write_bytes(location, json.dumps(found, indent=1).encode())
     show_results(f"\n{config.recipe}, in %\n{table(rows, changed)}\ncomparison: {location}", found)
 

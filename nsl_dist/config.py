@@ -10,6 +10,7 @@ from cattrs.preconf.json import make_converter
 
 MOST_NEIGHBOURS = 1000  # of one query to jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
+Kind = Literal["float", "binary"]  # of embeddings: unit vectors, or the signs of their coordinates
 
 
 def _require(condition: bool, message: str) -> None:

@@ -181,7 +181,7 @@ class RunFolder:
         for step in set(steps).difference(kept):
             filesystem.delete_dir(f"{path}/{self.checkpoint(step).rpartition('/')[2]}")
 
-    def keep_best(self, step: int, *, recall: dict[str, float]) -> None:
+    def keep_best(self, step: int, *, recall: dict[int, float]) -> None:
         """Copy the model of a checkpoint to `best`, unless the one there has a higher recall at the lowest K.
 
         Args:
@@ -190,7 +190,7 @@ class RunFolder:
 
         """
         checkpoint, scored = self.checkpoint(step), storage.join(self.best, "score.json")
-        k, share = min(recall.items(), key=lambda item: int(item[0]))
+        k, share = min(recall.items())
         if storage.exists(scored) and json.loads(storage.read_bytes(scored)).get(f"recall@{k}", 0.0) >= share:
             return
         for name in (MODEL_FILE, DESCRIPTION_FILE, RUN_FILE):

@@ -280,7 +280,7 @@ def ray_training(_: int, work: Work, bench: BenchConfig) -> Trained:
     config = work.config
     try:
         with output("quiet"):
-            run_id = train(config)["mlflow_run_id"]
+            run_id = train(config).mlflow_run_id
     finally:
         ray.shutdown()
     tracker = Tracker(config.tracking.uri, storage_root=config.storage)

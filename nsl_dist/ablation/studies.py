@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from nsl_dist.config import TrainConfig
+from nsl_dist.config import Kind, TrainConfig
 
-Kind = Literal["float", "binary"]
 Scores = dict[tuple[str, Kind], float]  # recall@1 in % of one seed, by arm and kind of embeddings
 
 

@@ -5,7 +5,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nsl_dist.ablation.studies import Arm, Kind, Scores, Study
+from nsl_dist.ablation.studies import Arm, Scores, Study
+from nsl_dist.config import Kind
 from nsl_dist.retrieval.figures import BLUE, GREEN, LINES, ORANGE, STYLE, TEXT
 
 

@@ -14,11 +14,12 @@ from ray import tune
 from nsl_dist import cluster, storage
 from nsl_dist.ablation.studies import STUDIES, Study
 from nsl_dist.ablation.summary import Outcome, draw, summarise
-from nsl_dist.config import TrainConfig, flatten
+from nsl_dist.config import Kind, TrainConfig, flatten
 from nsl_dist.data.shards import layout_of, open_data
 from nsl_dist.progress import duration, show_results
 from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, RunFolder, StoppedError, TrainingError
 from nsl_dist.tracking.tracker import Tracker
+from nsl_dist.training.results import TrainingResults
 from nsl_dist.training.train import cpus_needed, refuse_to_change, train
 
 TRIALS_AT_ONCE_HERE = 2  # on this machine alone: one starts or is evaluated while the other trains
@@ -128,6 +129,10 @@ def _by_arm(study: Study, seeds: tuple[int, ...]) -> list[tuple[str, TrainConfig
     ]
 
 
+def _results_of(config: TrainConfig) -> TrainingResults:
+    return TrainingResults.from_json(json.loads(storage.read_bytes(RunFolder.of(config).results)))
+
+
 def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: int) -> None:
     """Run trials to their ends; those that fail do not stop the others.
 
@@ -183,8 +188,8 @@ class _Show(tune.Callback):
         """Say what came out, and how long the others will take."""
         self._num_done += 1
         name = trial.config["run_name"]
-        results = json.loads(storage.read_bytes(RunFolder.of(self._trials[name]).results))
-        recall = ", ".join(f"{kind} {100 * by_k['1']:.1f}" for kind, by_k in results["recall"].items())
+        recall_at_1 = _recall_at_1(_results_of(self._trials[name]))
+        recall = ", ".join(f"{kind} {share:.1f}" for kind, share in recall_at_1.items())
         each = (time.monotonic() - self._started) / self._num_done
         left = duration(each * (len(self._trials) - self._num_done))
         print(f"{self._num_done}/{len(self._trials)}  {name}: recall@1 {recall}; {left} left", flush=True)
@@ -195,10 +200,15 @@ class _Show(tune.Callback):
         print(f"{trial.config['run_name']} failed: see {trial.error_file}", flush=True)
 
 
+def _recall_at_1(results: TrainingResults) -> dict[Kind, float]:
+    """Return recall@1 in % by kind of embeddings."""
+    return {kind: 100 * by_k[1] for kind, by_k in results.evaluation.recall.items()}
+
+
 def _outcome(config: TrainConfig, arm: str, tracker: Tracker) -> Outcome:
-    results = json.loads(storage.read_bytes(RunFolder.of(config).results))
-    history = tracker.history(["loss", "recall_at_1_float"], run_id=results["mlflow_run_id"])
-    optim, num_steps = config.optim, results["steps"]
+    results = _results_of(config)
+    history = tracker.history(["loss", "recall_at_1_float"], run_id=results.mlflow_run_id)
+    optim, num_steps = config.optim, results.steps
     steps_per_epoch = num_steps / (optim.epochs + optim.new_layers_epochs)
     losses = history.get("loss", [])
     by_epoch: dict[int, list[float]] = {}
@@ -209,9 +219,9 @@ def _outcome(config: TrainConfig, arm: str, tracker: Tracker) -> Outcome:
         arm=arm,
         seed=config.seed,
         run_name=str(config.run_name),
-        recall={kind: 100 * by_k["1"] for kind, by_k in results["recall"].items()},
+        recall=_recall_at_1(results),
         loss=statistics.mean(last) if last else None,
-        seconds=results["seconds"]["train"] + results["seconds"]["evaluate"],
+        seconds=results.seconds["train"] + results.seconds["evaluate"],
         history={
             "loss": [(epoch, statistics.mean(each)) for epoch, each in by_epoch.items()],
             "recall": [(step / steps_per_epoch, 100 * share) for step, share in history.get("recall_at_1_float", [])],

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
@@ -28,10 +28,10 @@ def embeddings_key(weights: bytes | None, config: TrainConfig, manifest: Manifes
     """Return a name for the embeddings of a model on a data set: equal names, equal embeddings.
 
     Args:
-        weights: the model's state, as its file holds it; None: that which training starts from.
-        config: of the model; its image size and precision.
+        weights: content of the model's file; None: the weights that training starts from.
+        config: its model, image size and precision count.
         manifest: of the data set.
-        num_gpus: GPUs to embed with; they round otherwise than CPUs.
+        num_gpus: whether there are any counts, since GPUs round differently from CPUs.
 
     """
     fields = {
@@ -54,93 +54,94 @@ def embed(
 ) -> dict[str, EmbeddingSet]:
     """Embed every image of some splits exactly once.
 
-    Each shard of images gives one file of embeddings. Files that are there already are kept: `out` must be of this
-    model, this data set (see `embeddings_key`) and these splits alone. An id is an image's place in its split, in order
-    of label; labels of the evaluation are those of the searched split, for classes that it lacks numbers beyond.
+    Each shard of images becomes one file of embeddings. Files that exist are kept, so `out` must belong to this model,
+    this data set (see `embeddings_key`) and these splits alone. An embedding's id is the image's position in its split,
+    in order of label. Labels of evaluation splits are those of the gallery; classes it lacks get numbers above them.
 
     Args:
-        weights: the model's state, as its file holds it; None embeds with the weights that training starts from.
-        config: its model, image size, precision and batch size.
+        weights: content of the model's file; None: the weights that training starts from.
+        config: its model, image size, precision and evaluation batch size count.
         manifest: of the data set.
         out: folder or URI to write to.
-        num_gpus: actors that embed, on a GPU each; 0 embeds on CPUs, in as many actors as the cluster spares.
-        splits: which to embed. None: those of the evaluation, the classes of both numbered alike.
+        num_gpus: actors that embed, each on a GPU; 0 embeds on CPUs, in as many actors as the cluster has room for.
+        splits: which to embed, each with labels of its own. None: those of the evaluation, with common labels.
 
     Returns:
         The embeddings by split.
 
     Raises:
-        ValueError: the model gives an embedding that is not finite or has no direction.
+        ValueError: an embedding is not finite or has no direction.
 
     """
     if storage.exists(storage.join(out, "embeddings.json")):
         print(f"embeddings: all there in {out}", flush=True)
         return load_index(out)
     labels = _common_labels(manifest) if splits is None else {name: _labels(manifest, name) for name in splits}
-    names = list(dict.fromkeys(splits or manifest.evaluation_splits))
-    opened = {name: manifest.split(name) for name in names}
-    shards = {
-        (name, shard): np.flatnonzero(opened[name].shards == place)
-        for name in names
-        for place, shard in enumerate(opened[name].shard_names)
-    }
-    there = {PurePosixPath(path).name for path in _list(out)}
-    todo = [key for key in shards if key[1] not in there]
-    if len(todo) < len(shards):
-        print(f"embeddings: {len(shards) - len(todo)} of {len(shards)} shards are there already in {out}", flush=True)
-    sets = _embed_shards(weights, config, opened, shards, todo, labels, out=out, num_gpus=num_gpus)
+    opened = {name: manifest.split(name) for name in dict.fromkeys(splits or manifest.evaluation_splits)}
+    shards = [shard for name, split in opened.items() for shard in _shards_of(name, split)]
+    missing = _without_written(shards, out)
+    batches = _embedded(missing, opened, weights, config, num_gpus=num_gpus)
+    _write_files(batches, missing, opened, labels, out=out)
+    sets = [_embedding_set(name, shards, location=out, dim=config.model.dim) for name in opened]
     write_index(out, sets)
     return {each.split: each for each in sets}
 
 
-def _embed_shards(
-    weights: bytes | None,
-    config: TrainConfig,
-    splits: dict[str, Split],
-    shards: dict[tuple[str, str], NDArray[np.int64]],
-    todo: list[tuple[str, str]],
-    labels: dict[str, NDArray[np.int64]],
-    *,
-    out: str,
-    num_gpus: int,
-) -> list[EmbeddingSet]:
-    shared = ray.put((splits, [(name, shards[name, shard]) for name, shard in todo]))
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A shard of images, embedded into one file of the same name.
 
-    def read(task: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
-        cluster.import_whole("nsl_dist.data.transforms")
-        from nsl_dist.data.transforms import decode, eval_transform
+    Attributes:
+        split: name of its split.
+        name: of the file.
+        labels: of its classes, consecutive.
+        first_id: of its first image.
+        num_images: of all its classes.
 
-        splits, tasks = ray.get(shared)
-        images: list[Any] = []
-        ids: list[int] = []
-        places: list[int] = []
+    """
 
-        def batch() -> dict[str, Any]:
-            return {"image": np.stack(images), "id": np.array(ids), "task": np.array(places)}
+    split: str
+    name: str
+    labels: NDArray[np.int64]
+    first_id: int
+    num_images: int
 
-        for place in task["id"].tolist():
-            name, classes = tasks[place]
-            offsets = splits[name].offsets
-            for label in classes.tolist():
-                bag = splits[name].read_bag(label, ["image"])["image"]
-                for index, encoded in enumerate(bag):
-                    images.append(eval_transform(decode(encoded.as_py()), config.data).numpy())
-                    ids.append(int(offsets[label]) + index)
-                    places.append(place)
-                    if len(ids) == config.eval.batch_size:
-                        yield batch()
-                        images, ids, places = [], [], []
-        if ids:
-            yield batch()
 
-    counts = {key: int(splits[key[0]].sizes[classes].sum()) for key, classes in shards.items()}
-    num_images = sum(counts[key] for key in todo)
+def _shards_of(name: str, split: Split) -> list[_Shard]:
+    offsets = split.offsets
+    shards = []
+    for place, shard in enumerate(split.shard_names):
+        labels = np.flatnonzero(split.shards == place)
+        shards.append(_Shard(name, shard, labels, int(offsets[labels[0]]), int(split.sizes[labels].sum())))
+    return shards
+
+
+def _without_written(shards: list[_Shard], out: str) -> list[_Shard]:
+    """Return the shards that have no file yet."""
+    written = {PurePosixPath(path).name for path in _list(out)}
+    missing = [shard for shard in shards if shard.name not in written]
+    if len(missing) < len(shards):
+        print(
+            f"embeddings: {len(shards) - len(missing)} of {len(shards)} shards are there already in {out}", flush=True
+        )
+    return missing
+
+
+def _embedded(
+    shards: list[_Shard], splits: dict[str, Split], weights: bytes | None, config: TrainConfig, *, num_gpus: int
+) -> Iterator[pa.Table]:
+    """Yield batches of embeddings in any order, with columns `shard` (its place in `shards`), `id` and `vector`."""
+    if not shards:
+        return
+    num_images = sum(shard.num_images for shard in shards)
     # Few images are not worth the start of many processes.
     most_batches = max(1, math.ceil(num_images / config.eval.batch_size))
     most_actors = min(num_gpus or max(1, cluster.totals()[0] // 2), most_batches)
     embedded = (
-        ray.data.range(len(todo), override_num_blocks=max(1, min(len(todo), most_batches)))
-        .map_batches(read, batch_size=None, num_cpus=1, ray_remote_args_fn=cluster.prefer_cpu_nodes)
+        ray.data.range(len(shards), override_num_blocks=min(len(shards), most_batches))
+        .map_batches(
+            _reader(shards, splits, config), batch_size=None, num_cpus=1, ray_remote_args_fn=cluster.prefer_cpu_nodes
+        )
         .map_batches(
             _Embedder,
             fn_constructor_args=(weights and ray.put(weights), config, most_actors),
@@ -151,55 +152,107 @@ def _embed_shards(
         )
     )
     progress = Progress("embed", "images", num_images)
-    parts: dict[int, list[pa.Table]] = {place: [] for place in range(len(todo))}
+    for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield batch
+        progress.advance(len(batch))
+
+
+def _reader(
+    shards: list[_Shard], splits: dict[str, Split], config: TrainConfig
+) -> Callable[[dict[str, NDArray[np.int64]]], Iterator[dict[str, Any]]]:
+    """Return what reads and decodes shards, given by their places in `shards`, into batches of images."""
+    shared = ray.put((shards, splits))
+
+    def read(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+        cluster.import_whole("nsl_dist.data.transforms")
+        from nsl_dist.data.transforms import decode, eval_transform
+
+        shards, splits = ray.get(shared)
+        images: list[Any] = []
+        ids: list[int] = []
+        places: list[int] = []
+
+        def batch() -> dict[str, Any]:
+            return {"image": np.stack(images), "id": np.array(ids), "shard": np.array(places)}
+
+        for place in rows["id"].tolist():
+            split = splits[shards[place].split]
+            offsets = split.offsets
+            for label in shards[place].labels.tolist():
+                bag = split.read_bag(label, ["image"])["image"]
+                for index, encoded in enumerate(bag):
+                    images.append(eval_transform(decode(encoded.as_py()), config.data).numpy())
+                    ids.append(int(offsets[label]) + index)
+                    places.append(place)
+                    if len(ids) == config.eval.batch_size:
+                        yield batch()
+                        images, ids, places = [], [], []
+        if ids:
+            yield batch()
+
+    return read
+
+
+def _write_files(
+    batches: Iterator[pa.Table],
+    shards: list[_Shard],
+    splits: dict[str, Split],
+    labels: dict[str, NDArray[np.int64]],
+    *,
+    out: str,
+) -> None:
+    """Write the file of each shard once all its embeddings have come.
+
+    Raises:
+        ValueError: an embedding is not finite or has no direction.
+
+    """
+    parts: dict[int, list[pa.Table]] = {place: [] for place in range(len(shards))}
     with ThreadPoolExecutor(4) as pool:  # object stores take several files at once
         writing: list[Future[None]] = []
-        batches = embedded.iter_batches(batch_size=None, batch_format="pyarrow") if todo else []
         for batch in batches:
-            for place in batch["task"].unique().to_pylist():
-                part = batch.filter(pa.compute.equal(batch["task"], place))
-                parts[place].append(part)
-                key = todo[place]
-                if sum(map(len, parts[place])) < counts[key]:
+            for place in batch["shard"].unique().to_pylist():
+                shard = shards[place]
+                parts[place].append(batch.filter(pa.compute.equal(batch["shard"], place)))
+                if sum(map(len, parts[place])) < shard.num_images:
                     continue
-                table = pa.concat_tables(parts.pop(place)).sort_by("id")
-                ids = table["id"].to_numpy()
-                first = int(splits[key[0]].offsets[shards[key][0]])
-                if not np.array_equal(ids, np.arange(first, first + counts[key])):
-                    raise RuntimeError(
-                        f"shard {key[1]} was not embedded exactly once: ids {ids}, expected from {first}"
-                    )
-                vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), config.model.dim)
-                _reject_degenerate(vectors, ids, splits[key[0]], key[0])
+                ids, vectors = _joined(parts.pop(place), shard)
+                _reject_degenerate(vectors, ids, splits[shard.split], shard.split)
+                location = storage.join(out, shard.name)
+                of_ids = labels[shard.split][ids]
                 writing.append(
-                    pool.submit(
-                        write_file,
-                        storage.join(out, key[1]),
-                        split=key[0],
-                        ids=ids,
-                        labels=labels[key[0]][ids],
-                        vectors=vectors,
-                    )
+                    pool.submit(write_file, location, split=shard.split, ids=ids, labels=of_ids, vectors=vectors)
                 )
-            progress.advance(len(batch))
         for future in writing:
             future.result()
     if parts:
-        raise RuntimeError(f"shards {[todo[place][1] for place in parts]} were not embedded completely")
-    return [
-        EmbeddingSet(
-            location=out,
-            split=split,
-            dim=config.model.dim,
-            files=tuple(shard for name, shard in shards if name == split),
-            counts=tuple(count for (name, _), count in counts.items() if name == split),
+        raise RuntimeError(f"shards {[shards[place].name for place in parts]} were not embedded completely")
+
+
+def _joined(parts: list[pa.Table], shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the ids of a shard's images, ascending, and their embeddings, `[num_images, dim]`."""
+    table = pa.concat_tables(parts).sort_by("id")
+    ids = table["id"].to_numpy()
+    if not np.array_equal(ids, np.arange(shard.first_id, shard.first_id + shard.num_images)):
+        raise RuntimeError(
+            f"shard {shard.name} was not embedded exactly once: ids {ids}, expected from {shard.first_id}"
         )
-        for split in splits
-    ]
+    return ids, table["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+
+
+def _embedding_set(split: str, shards: list[_Shard], *, location: str, dim: int) -> EmbeddingSet:
+    of_split = [shard for shard in shards if shard.split == split]
+    return EmbeddingSet(
+        location=location,
+        split=split,
+        dim=dim,
+        files=tuple(shard.name for shard in of_split),
+        counts=tuple(shard.num_images for shard in of_split),
+    )
 
 
 def _common_labels(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
-    """Return for each image of each split its class, numbered in the same way in both."""
+    """Return the class of each image of the evaluation splits, by split, numbered alike in both."""
     query, gallery = manifest.evaluation_splits
     gallery_sizes = manifest.split(gallery).sizes
     labels = {gallery: _labels(manifest, gallery)}
@@ -247,7 +300,7 @@ class _Embedder:
         from nsl_dist.embedder import load_weights
         from nsl_dist.model import build_model
 
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor written
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             use_cpu_threads(num_actors)
@@ -257,7 +310,7 @@ class _Embedder:
             try:
                 content = ray.get(weights)
             except ray.exceptions.ReferenceCountingAssertionError:
-                return  # others have embedded all before this actor was there, and nothing comes to it any more
+                return  # the other actors embedded everything before this one started: it gets no batch
             load_weights(self.model, content, location="the checkpoint")
         self.model.eval().to(self.device)
         self.model.to(memory_format=torch.channels_last)
@@ -272,4 +325,4 @@ class _Embedder:
             embeddings_BD = self.model(images.contiguous(memory_format=torch.channels_last)).cpu().numpy()
         flat = pa.array(embeddings_BD.ravel(), type=pa.float32())
         vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings_BD.shape[1])
-        return pa.table({"id": batch["id"], "task": batch["task"], "vector": vectors})
+        return pa.table({"id": batch["id"], "shard": batch["shard"], "vector": vectors})

@@ -7,8 +7,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from nsl_dist.config import Kind
 from nsl_dist.progress import Progress
-from nsl_dist.retrieval.sharded_search import Gallery, Kind
+from nsl_dist.retrieval.sharded_search import Gallery
 
 NUM_ITERATIONS = 25  # faiss's own, as its seed
 SEED = 1234

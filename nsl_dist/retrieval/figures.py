@@ -1,4 +1,4 @@
-"""The figures of a report as SVG, legible on light and on dark pages."""
+"""The figures of a report as SVG, legible on light and dark pages."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from nsl_dist.retrieval.findings import Findings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEXT = "#010203"  # stands for the colour of the text around a figure
+TEXT = "#010203"  # replaced by the colour of the text around a figure
 BLUE, ORANGE, GREEN, RED = "#2f7fd0", "#d9730d", "#2a9d4a", "#d1495b"  # legible on white and on near black
 LINES: dict[str, dict[str, Any]] = {
     "float": {"color": BLUE, "marker": "o"},
@@ -24,11 +24,11 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.axisbelow": True, "grid.color": TEXT, "grid.alpha": 0.15, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9, "legend.handlelength": 2.5,
 }  # fmt: skip
-WIDTH, HEIGHT = 4.8, 3.3  # inches: so small that their text is still legible at the width of a phone
+WIDTH, HEIGHT = 4.8, 3.3  # inches: small enough for their text to be legible on a phone
 
 
 def draw(findings: Findings) -> dict[str, str]:
-    """Return the figures as SVG documents by name; those are left out that would show nothing."""
+    """Return the figures as SVG documents by name, without those that have nothing to show."""
     from matplotlib import rc_context  # takes a second to import
 
     drawings: dict[str, tuple[str, Callable[[Findings], Figure | None]]] = {
@@ -86,14 +86,14 @@ def _draw_recall_curves(findings: Findings) -> "Figure | None":
 def _draw_recall(findings: Findings) -> "Figure":
     figure = _figure()
     axes = figure.add_subplot(xlabel="K", ylabel="recall@K in %")
-    intervals = findings.results.get("intervals", {})
-    for kind, shares in findings.results["recall"].items():
+    intervals = findings.results.intervals or {}
+    for kind, shares in findings.results.recall.items():
         recall = 100 * np.array(list(shares.values()))
         errors = None
         if kind in intervals:
             bounds = 100 * np.array([intervals[kind][f"recall_at_{k}"] for k in shares]).T
             errors = np.abs(bounds - recall)
-        axes.errorbar(list(shares), recall, errors, label=kind, capsize=3, **LINES[kind])
+        axes.errorbar(list(map(str, shares)), recall, errors, label=kind, capsize=3, **LINES[kind])
     axes.legend(loc="lower right")
     return figure
 
@@ -144,7 +144,7 @@ def _draw_class_sizes(findings: Findings) -> "Figure":
     figure = _figure(1 + 1.3 * len(findings.sizes))
     panels = figure.subplots(len(findings.sizes), sharex=True, squeeze=False)[:, 0]
     most = max(int(sizes.max()) for sizes in findings.sizes.values())
-    # A bar for each size; from where there are too many of them, wider and wider ones.
+    # A bar for each size; with many sizes, bars on a logarithmic scale.
     bins = np.unique(np.round(np.geomspace(1, most + 1, 40))) if most > 50 else np.arange(1, most + 2)
     for axes, (split, sizes) in zip(panels, findings.sizes.items(), strict=True):
         axes.hist(sizes, bins - 0.5, color=BLUE, rwidth=0.9)

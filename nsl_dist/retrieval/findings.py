@@ -6,7 +6,6 @@ D dimensions.
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +13,18 @@ from PIL import Image
 
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
+from nsl_dist.retrieval.results import EvaluationResults
 from nsl_dist.retrieval.sharded_search import Gallery, judge_of, open_gallery, sample_blocks, search
 from nsl_dist.retrieval.vector_files import load_index
 
-History = dict[str, list[tuple[int, float]]]  # steps and values of metrics, by MLflow's names of them
+History = dict[str, list[tuple[int, float]]]  # steps and values of metrics, by their names in MLflow
 
-NEIGHBOURS = 8  # shown of each query
-DEPTH = 1000  # neighbours among which the first match is looked for
+NEIGHBOURS = 8  # shown for each query
+DEPTH = 1000  # neighbours that are searched for the first match
 FAILURES, SUCCESSES = 12, 6  # queries shown
 PAIRS = 8  # of the same class for each sampled query, and as many of other classes
 MAPPED = 10_000  # images on the map
-LEGEND = 20  # classes that a legend can hold
+LEGEND = 20  # classes that fit a legend
 SEED = 0
 THUMBNAIL_EDGE, THUMBNAIL_QUALITY = 96, 80
 
@@ -40,7 +40,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A neighbour on the sheet: whether it is of the query's class, and its cosine similarity."""
+    """A neighbour on the sheet: whether it has the query's class, and its cosine similarity."""
 
     picture: Picture
     matches: bool
@@ -49,7 +49,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Row:
-    """A query on the sheet, its nearest neighbours, and the rank, from 0, of its first match; None: not found."""
+    """A query on the sheet, its nearest neighbours, and the rank of its first match, from 0; None: not found."""
 
     query: Picture
     neighbours: list[Neighbour]
@@ -62,26 +62,28 @@ class Findings:
 
     Attributes:
         name: of the run or checkpoint.
-        facts: what was evaluated on what, by heading.
-        results: of `evaluate`; with `untrained` where the run has them.
+        facts: data and model, by heading.
+        results: of the model.
+        untrained: results before the training; None: not measured.
         history: of the training; may be empty.
-        num_sampled: queries whose neighbours were looked at.
-        depth: neighbours among which the first match was looked for.
-        failures: those whose first match ranks last, the last first.
-        successes: some of those that a match is nearest to.
+        num_sampled: queries in the sample.
+        depth: neighbours that were searched for the first match.
+        failures: queries whose first match ranks last, the worst first.
+        successes: some of the queries whose nearest neighbour is a match.
         same_S: cosine similarities of queries and images of the same class.
         other_S: those of queries and images of other classes.
         sizes: images of each class, by split.
-        map_N2: first two principal components of some embeddings; empty where there are too few.
+        map_N2: first two principal components of some embeddings; empty if there are too few.
         labels_N: their classes.
-        explained: shares of the variance that the two components hold.
-        class_ids: names of all classes of the map, unless a legend cannot hold them.
+        explained: share of the variance that each component explains.
+        class_ids: names of the classes on the map; empty if there are too many for a legend.
 
     """
 
     name: str
     facts: dict[str, str]
-    results: dict[str, Any]
+    results: EvaluationResults
+    untrained: EvaluationResults | None
     history: History
     num_sampled: int
     depth: int
@@ -97,18 +99,17 @@ class Findings:
 
 
 def gather(
-    results: dict[str, Any], *, name: str, config: TrainConfig, manifest: Manifest, history: History
+    results: EvaluationResults,
+    *,
+    name: str,
+    config: TrainConfig,
+    manifest: Manifest,
+    history: History,
+    untrained: EvaluationResults | None = None,
 ) -> Findings:
-    """Sample what a report shows (see `write_report`).
-
-    Raises:
-        OSError: storage is away for long.
-        DamagedShardError: images cannot be read any more.
-        RayActorError: a node that searches was lost.
-
-    """
+    """Sample what a report shows (see `write_report`)."""
     rng = np.random.default_rng(SEED)
-    sets = load_index(results["embeddings"])
+    sets = load_index(results.embeddings)
     queries, gallery = (sets[split] for split in manifest.evaluation_splits)
     splits = {split: manifest.split(split) for split in dict.fromkeys(["train", *manifest.evaluation_splits])}
     query_split, gallery_split = (splits[split] for split in manifest.evaluation_splits)
@@ -156,6 +157,7 @@ def gather(
         name=name,
         facts=_facts(results, config, manifest),
         results=results,
+        untrained=untrained,
         history=history,
         num_sampled=len(ids_Q),
         depth=depth,
@@ -176,15 +178,15 @@ def gather(
 def choose(
     first_match_Q: NDArray[np.int64], num_relevant_Q: NDArray[np.int64], rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Choose the queries to show: those whose first match ranks last, the last first, and some that find one at once.
+    """Choose the queries to show: those whose first match ranks last, the worst first, and some successes.
 
     Args:
         first_match_Q: ranks of the first matches, from 0.
-        num_relevant_Q: images that each could find; who has none is left out.
-        rng: of the choice.
+        num_relevant_Q: images that each query could find; queries without any are no failures.
+        rng: draws the successes.
 
     Returns:
-        Places of failures and of successes among the queries.
+        Positions of failures and of successes among the queries.
 
     """
     failed = np.flatnonzero((first_match_Q > 0) & (num_relevant_Q > 0))
@@ -204,13 +206,13 @@ def draw_pairs(
 
     Args:
         labels_Q: classes of the queries.
-        own_ids_Q: their ids where they are of the gallery themselves.
-        num_relevant_Q: images of each query's class in the gallery, the query itself left out.
+        own_ids_Q: ids of the queries in the gallery; None: they are not in it.
+        num_relevant_Q: images of each query's class in the gallery, without the query itself.
         gallery_labels: classes of the gallery, by id, ascending.
-        rng: of the draws.
+        rng: draws the pairs.
 
     Returns:
-        Pairs of the same class, then of two classes, each as places among the queries and ids.
+        Pairs of the same class, then pairs of different classes, each as positions among the queries and gallery ids.
 
     """
     places = np.repeat(np.flatnonzero(num_relevant_Q > 0), PAIRS)
@@ -224,7 +226,7 @@ def draw_pairs(
 
 
 def project(vectors_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], list[float]]:
-    """Return the first two principal components, `[N, 2]`, and which shares of the variance they hold."""
+    """Return the first two principal components, `[N, 2]`, and the share of the variance that each explains."""
     if min(vectors_ND.shape) < 2:
         return np.empty((0, 2), dtype=np.float32), []
     from sklearn.decomposition import PCA
@@ -240,7 +242,7 @@ def _vectors(opened: Gallery, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def _pictures(split: Split, ids: NDArray[np.int64]) -> dict[int, Picture]:
-    """Read some images, by id; each class is read once."""
+    """Return some images by id; each class is read once."""
     ids = np.unique(ids)
     offsets = split.offsets
     labels = np.searchsorted(offsets, ids, side="right") - 1
@@ -262,16 +264,16 @@ def thumbnail(encoded: bytes) -> bytes:
     return small.getvalue()
 
 
-def _facts(results: dict[str, Any], config: TrainConfig, manifest: Manifest) -> dict[str, str]:
+def _facts(results: EvaluationResults, config: TrainConfig, manifest: Manifest) -> dict[str, str]:
     train = manifest.splits["train"]
     query, gallery = manifest.evaluation_splits
-    without = results["num_queries_without_match"]
+    without = results.num_queries_without_match
     facts = {
         "Data": f"{manifest.source} (layout {manifest.layout}, digest {manifest.digest[:16]})",
         "Model": f"{config.model.backbone}, {config.model.dim} dimensions, {config.data.image_size} pixels",
         "Training split": f"{train['num_images']:,} images of {train['num_classes']:,} classes",
-        "Queries": f"{results['num_queries']:,} images of {results['num_classes']:,} unseen classes"
+        "Queries": f"{results.num_queries:,} images of {results.num_classes:,} unseen classes"
         + (f", {without:,} of them without a match to find, sure misses" if without else ""),
-        "Searched": "the same images, the query left out" if query == gallery else f"{results['num_gallery']:,} images",
+        "Searched": "the same images, the query left out" if query == gallery else f"{results.num_gallery:,} images",
     }
-    return facts | ({"Index": results["index"]["factory"]} if "index" in results else {})
+    return facts | ({"Index": results.index.factory} if results.index is not None else {})

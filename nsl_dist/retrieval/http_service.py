@@ -32,9 +32,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nsl_dist.config import MOST_NEIGHBOURS, SearchConfig
+from nsl_dist.config import MOST_NEIGHBOURS, Kind, SearchConfig
 from nsl_dist.retrieval.image_search import Answer, PreparedGallery, Query, Searcher, prepare_gallery
-from nsl_dist.retrieval.sharded_search import Kind
 from nsl_dist.run import StoppedError
 
 MOST_BYTES = 10 * 2**20  # of an image that somebody sends

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import Layout, SearchConfig, TrainConfig
+from nsl_dist.config import Kind, Layout, SearchConfig, TrainConfig
 from nsl_dist.data.layouts import official_layout, read_catalogue
 from nsl_dist.data.shards import Manifest, is_prepared, open_data, prepare, records_digest
 from nsl_dist.data.transforms import size_of
 from nsl_dist.embedder import load_embedder, read_description
 from nsl_dist.retrieval.batch_inference import embed, embeddings_key
-from nsl_dist.retrieval.sharded_search import Kind, build_index
+from nsl_dist.retrieval.faiss_index import build_index
 from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes
 from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, find_checkpoint
 

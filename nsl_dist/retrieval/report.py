@@ -1,45 +1,53 @@
-"""What a person looks at after an evaluation: an HTML file that needs no network, and its figures as files."""
+"""The report of an evaluation: an HTML file that needs no network, and its figures as files."""
 
 import base64
 import re
-from typing import Any
-
-from ray.exceptions import RayActorError
+import traceback
 
 from nsl_dist import storage
 from nsl_dist.config import TrainConfig
-from nsl_dist.data.shards import DamagedShardError, Manifest
+from nsl_dist.data.shards import Manifest
 from nsl_dist.retrieval.figures import draw
 from nsl_dist.retrieval.findings import Findings, History, gather
+from nsl_dist.retrieval.results import EvaluationResults
 
 REPORT_FILE = "report.html"
 METRICS = {"r_precision": "R-precision", "map_at_r": "MAP@R", "nmi": "NMI"}
 
 
 def write_report(
-    folder: str, results: dict[str, Any], *, name: str, config: TrainConfig, manifest: Manifest, history: History
+    folder: str,
+    results: EvaluationResults,
+    *,
+    name: str,
+    config: TrainConfig,
+    manifest: Manifest,
+    history: History,
+    untrained: EvaluationResults | None = None,
 ) -> dict[str, str]:
-    """Write `report.html` and `figures/*.svg`; what storage or a node fails is told in a line, and there is no report.
+    """Write `report.html` and `figures/*.svg`. It never fails: what goes wrong is printed, and there is no report.
 
     Args:
         folder: folder or URI.
-        results: of `evaluate`.
-        name: of the run or checkpoint.
-        config: evaluated with.
-        manifest: of the data evaluated on.
+        results: measured on `manifest`, with `config`.
+        name: of the run or checkpoint, the report's title.
+        config: of the run; with it the gallery is searched again.
+        manifest: of the data set.
         history: of the training; may be empty.
+        untrained: results before the training, for comparison.
 
     Returns:
         The files by name; none if there is no report.
 
     """
     try:
-        files = render(gather(results, name=name, config=config, manifest=manifest, history=history))
+        findings = gather(results, name=name, config=config, manifest=manifest, history=history, untrained=untrained)
+        files = render(findings)
         for path, content in files.items():
             storage.write_bytes(storage.join(folder, path), content.encode())
-    except (OSError, DamagedShardError, RayActorError) as error:
-        cause = (str(error).strip() or repr(error)).splitlines()[-1]  # of a task: below its stack
-        print(f"no report: {cause}; the results stand", flush=True)
+    except Exception as error:  # even a bug in a figure must not fail a finished evaluation
+        reason = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]  # of a task: below its stack
+        print(f"no report: {folder}/{REPORT_FILE} was not written: {reason}; the results stand", flush=True)
         return {}
     return files
 
@@ -54,7 +62,7 @@ def render(findings: Findings) -> dict[str, str]:
         loader=PackageLoader("nsl_dist.retrieval", "pages"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    heads, rows = table_of(findings.results)
+    heads, rows = table_of(findings.results, findings.untrained)
     page = pages.get_template(f"{REPORT_FILE}.j2").render(
         findings=findings,
         heads=heads,
@@ -66,28 +74,27 @@ def render(findings: Findings) -> dict[str, str]:
 
 
 def _inline(name: str, svg: str) -> str:
-    """Return an SVG document as an element of a page, which other figures' ids and its own do not clash in."""
+    """Return an SVG document as an element of a page, its ids prefixed so that those of several figures differ."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>| xmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", '<svg role="img"', 1)
 
 
-def table_of(results: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+def table_of(results: EvaluationResults, untrained: EvaluationResults | None) -> tuple[list[str], dict[str, list[str]]]:
     """Return the table of metrics: the heads of its columns, and the cells of each row by its head."""
-    columns = [("", results, kind) for kind in results["recall"]]
-    if "untrained" in results:
-        columns += [("untrained ", results["untrained"], kind) for kind in results["recall"]]
+    columns = [("", results, kind) for kind in results.recall]
+    if untrained is not None:
+        columns += [("untrained ", untrained, kind) for kind in results.recall]
     rows: dict[str, list[str]] = {}
     for _, each, kind in columns:
-        shares = {f"recall_at_{k}": share for k, share in each["recall"][kind].items()}
-        shares |= {name: each[name][kind] for name in METRICS if name in each}
-        for name, share in shares.items():
-            low_high = each.get("intervals", {}).get(kind, {}).get(name)
+        intervals = (each.intervals or {}).get(kind, {})
+        for name, share in each.of_kind(kind).items():
+            low_high = intervals.get(name)
             interval = f" ({100 * low_high[0]:.2f} to {100 * low_high[1]:.2f})" if low_high else ""
             head = METRICS.get(name, name.replace("_at_", "@"))
             rows.setdefault(head, []).append(f"{100 * share:.2f}{interval}")
-    for k, share in results["index"]["recall_of_exact"].items() if "index" in results else ():
+    for k, share in results.index.recall_of_exact.items() if results.index is not None else ():
         rows[f"of the exact {k} nearest found"] = [f"{100 * share:.2f}"] + ["-"] * (len(columns) - 1)
-    rows["bytes per vector"] = [f"{each['bytes_per_vector'][kind]:,}" for _, each, kind in columns]
+    rows["bytes per vector"] = [f"{each.bytes_per_vector[kind]:,}" for _, each, kind in columns]
     return [when + kind for when, _, kind in columns], rows

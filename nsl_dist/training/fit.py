@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.progress import Phases
-from nsl_dist.retrieval.evaluation import evaluate, metrics_by_name
+from nsl_dist.retrieval.evaluation import evaluate
 from nsl_dist.run import MODEL_FILE, Run, RunFolder, StoppedError, TrainingError
 from nsl_dist.training.records import Evaluated, NodeMeasured
 from nsl_dist.training.reporting import Reporter
@@ -163,9 +163,9 @@ def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, record
     config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, nmi=False))
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE)
     results = evaluate(weights, config, run.manifest, num_gpus=0)  # training holds the GPUs
-    run.folder.keep_best(step, recall=results["recall"]["float"])
+    run.folder.keep_best(step, recall=results.recall["float"])
     records.put(Evaluated(step, results))
-    return metrics_by_name(results)
+    return results.metrics_by_name()
 
 
 class _StopAtLastingErrors(ray.train.UserCallback):

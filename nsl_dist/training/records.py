@@ -4,7 +4,8 @@ They pass through a queue in an actor, which imports this module: it must stay c
 """
 
 from dataclasses import dataclass
-from typing import Any
+
+from nsl_dist.retrieval.results import EvaluationResults
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Evaluated:
     """A checkpoint was evaluated during training."""
 
     step: int
-    results: dict[str, Any]
+    results: EvaluationResults
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from ray.util.queue import Queue
 
 from nsl_dist.progress import Bar, Phases, counted, duration
-from nsl_dist.retrieval.evaluation import metrics_by_name, recall_line
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.records import (
     AttemptStarted,
@@ -87,8 +86,8 @@ class Reporter:
                 self._say(step, f"{name} written in {seconds:.1f} s, for which training waited {waited:.2f} s")
                 self._tracker.log({"checkpoint_wait_seconds": waited}, step=step)
             case Evaluated(step, results):
-                self._say(step, recall_line(results))
-                self._tracker.log(metrics_by_name(results), step=step)
+                self._say(step, results.recall_line())
+                self._tracker.log(results.metrics_by_name(), step=step)
             case ClusterChanged(step, described):
                 self._say(step, f"the cluster now has {described}")
             case NodeMeasured(metrics):

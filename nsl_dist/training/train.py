@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -21,13 +21,15 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, layout_of, open_data
 from nsl_dist.progress import Phases, duration, show_results
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.retrieval.evaluation import curves, evaluate, metrics_by_name, recall_line, table
+from nsl_dist.retrieval.evaluation import evaluate
+from nsl_dist.retrieval.faiss_index import check_index
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
-from nsl_dist.retrieval.sharded_search import check_index
+from nsl_dist.retrieval.results import EvaluationResults, table
 from nsl_dist.run import MODEL_FILE, RESULTS_FILE, Run, RunFolder, StoppedError, unsent_file
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.fit import fit, worker_resources
 from nsl_dist.training.preflight import check_model
+from nsl_dist.training.results import TrainingResults
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
@@ -37,8 +39,8 @@ DATA_CPUS = 1
 MID_RUN_EVAL_CPUS = 2
 
 
-def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
-    """Train and evaluate; show progress and results; return what is written to `results.json`.
+def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
+    """Train and evaluate, show progress and results, and write `results.json`.
 
     Args:
         config: of the run.
@@ -66,16 +68,27 @@ def train(config: TrainConfig, *, of_study: bool = False) -> dict[str, Any]:
     _announce(run, tracker)
     spent.end("setup")
     with _tracking_the_end(run, tracker):
-        evaluations = {}
+        untrained = None
         if config.eval.untrained:
-            evaluations["untrained"] = _evaluate(run, tracker, step=0)
+            untrained = _evaluate(run, tracker, step=0)
             start.end("untrained evaluation")
             spent.end("untrained")
         rates = fit(run, tracker, start, monitor_nodes=not of_study)
         spent.end("train")
-        evaluations["trained"] = _evaluate(run, tracker, step=run.schedule.num_steps)
+        evaluation = _evaluate(run, tracker, step=run.schedule.num_steps)
         spent.end("evaluate")
-        results = _results(run, evaluations, rates, spent)
+        results = TrainingResults(
+            evaluation=evaluation,
+            untrained=untrained,
+            run_name=folder.name,
+            mlflow_run_id=run.mlflow_run_id,
+            steps=run.schedule.num_steps,
+            seconds=spent.seconds,
+            train_images_per_second=statistics.median(rates) if rates else None,
+            data={"digest": manifest.digest, "source": manifest.source, **manifest.splits},
+            left_out_shards=folder.left_out_shards(),
+            config=dataclasses.asdict(config),
+        )
         _finish(run, results, tracker)
     has_report = not of_study and _report(run, results, tracker)
     if config.tracking.register is not None:
@@ -342,56 +355,38 @@ def _tracking_the_end(run: Run, tracker: "Tracker") -> Iterator[None]:
         raise
 
 
-def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> dict[str, Any]:
+def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> EvaluationResults:
     """Evaluate the checkpoint after `step` iterations, for 0 the model that training starts from."""
     num_gpus = _worker_range(run.config)[0] if run.config.device == "cuda" else 0
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE) if step else None
     evaluation = evaluate(weights, run.config, run.manifest, num_gpus=num_gpus)
-    tracker.log(metrics_by_name(evaluation), step=step)
+    tracker.log(evaluation.metrics_by_name(), step=step)
     if step:
-        run.folder.keep_best(step, recall=evaluation["recall"]["float"])
+        run.folder.keep_best(step, recall=evaluation.recall["float"])
     else:
-        print(f"untrained: {recall_line(evaluation)}", flush=True)
+        print(f"untrained: {evaluation.recall_line()}", flush=True)
     return evaluation
 
 
-def _results(run: Run, evaluations: dict[str, dict[str, Any]], rates: list[float], spent: Phases) -> dict[str, Any]:
-    trained = evaluations["trained"]
-    return (
-        {name: each for name, each in evaluations.items() if name == "untrained"}
-        | trained
-        | {
-            "evaluation_seconds": trained["seconds"],
-            "run_name": run.folder.name,
-            "mlflow_run_id": run.mlflow_run_id,
-            "steps": run.schedule.num_steps,
-            "seconds": spent.seconds,
-            "train_images_per_second": statistics.median(rates) if rates else None,
-            "data": {"digest": run.manifest.digest, "source": run.manifest.source, **run.manifest.splits},
-            "left_out_shards": run.folder.left_out_shards(),
-            "config": dataclasses.asdict(run.config),
-        }
-    )
-
-
-def _finish(run: Run, results: dict[str, Any], tracker: "Tracker") -> None:
+def _finish(run: Run, results: TrainingResults, tracker: "Tracker") -> None:
     """Write the results, with which the run is finished; last, so that a run that is cut off before can continue."""
-    content = json.dumps(results, indent=1)
+    content = json.dumps(results.to_json(), indent=1)
     tracker.log_file(RESULTS_FILE, content)
     run.folder.prune_checkpoints(keep=run.config.checkpoint.keep)
     tracker.finish(status="FINISHED")
     storage.write_bytes(run.folder.results, content.encode())
 
 
-def _report(run: Run, results: dict[str, Any], tracker: "Tracker") -> bool:
+def _report(run: Run, results: TrainingResults, tracker: "Tracker") -> bool:
     """Write and track the report of a finished run; tell whether there is one."""
     files = write_report(
         run.folder.location,
-        results,
+        results.evaluation,
         name=run.folder.name,
         config=run.config,
         manifest=run.manifest,
-        history=tracker.history(curves(results), run_id=run.mlflow_run_id),
+        history=tracker.history(results.evaluation.curves(), run_id=run.mlflow_run_id),
+        untrained=results.untrained,
     )
     for path, text in files.items():
         tracker.log_file(path, text)
@@ -406,15 +401,16 @@ def _register(name: str, run: Run, tracker: "Tracker") -> None:
         print(f"{error}; later: python jobs/export.py --checkpoint {run.folder.best} --register {name}", flush=True)
 
 
-def _show_results(run: Run, results: dict[str, Any], tracker: "Tracker", *, has_report: bool) -> None:
-    trained = results | {"seconds": results["evaluation_seconds"]}
-    untrained = {"untrained": results["untrained"]} if "untrained" in results else {}
-    seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results["seconds"].items())
+def _show_results(run: Run, results: TrainingResults, tracker: "Tracker", *, has_report: bool) -> None:
+    evaluations = {"": results.evaluation}
+    if results.untrained is not None:
+        evaluations = {"trained": results.evaluation, "untrained": results.untrained}
+    seconds = ", ".join(f"{phase} {duration(value)}" for phase, value in results.seconds.items())
     lines = [
-        "\n" + table({"trained": trained} | untrained if untrained else {"": trained}),
-        f"{seconds}; {results['train_images_per_second'] or 0:.0f} training images/s",
+        f"\n{table(evaluations)}",
+        f"{seconds}; {results.train_images_per_second or 0:.0f} training images/s",
         *([f"report:  {run.folder.file(REPORT_FILE)}"] if has_report else []),
         f"results: {run.folder.results}",
         f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracker.uri}",
     ]
-    show_results("\n".join(lines), results)
+    show_results("\n".join(lines), results.to_json())

@@ -29,6 +29,7 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
 from nsl_dist.retrieval import sharded_search as search
+from nsl_dist.retrieval.gallery_shard import GalleryShard
 from tests.conftest import write_sop
 from tests.e2e.local_cluster import (
     BIN,
@@ -191,10 +192,10 @@ def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monke
     workers = [nodes.add_node(num_cpus=1) for _ in range(2)]
     start_shards, num_shards = search._start_shards, []
 
-    def place_of(_: search.GalleryShard) -> tuple[str, int]:
+    def place_of(_: GalleryShard) -> tuple[str, int]:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def lose_a_node(*arguments: Any, **settings: Any) -> tuple[list[Any], list[int], set[str]]:
+    def lose_a_node(*arguments: Any, **settings: Any) -> tuple[list[Any], list[int], list[str]]:
         started = start_shards(*arguments, **settings)
         if not num_shards:
             process_on = dict(ray.get([shard.__ray_call__.remote(place_of) for shard in started[0]]))

@@ -18,9 +18,11 @@ from selenium import webdriver
 
 from nsl_dist.config import EvalConfig, EvaluateConfig, EvaluateDataConfig, config_from_dict
 from nsl_dist.data.shards import load_manifest
+from nsl_dist.retrieval import report
 from nsl_dist.retrieval.batch_inference import embed
 from nsl_dist.retrieval.evaluation import run
-from nsl_dist.retrieval.sharded_search import check_index
+from nsl_dist.retrieval.faiss_index import check_index
+from nsl_dist.retrieval.results import EvaluationResults
 from nsl_dist.retrieval.vector_files import load_index
 from nsl_dist.run import MODEL_FILE, find_checkpoint
 from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
@@ -187,8 +189,8 @@ def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path
         run(dataclasses.replace(config, data=other))
     assert len(list((Path(config.storage) / "shards").iterdir())) == num_prepared  # refused before it was sharded
     results = run(dataclasses.replace(config, data=dataclasses.replace(other, unrelated=True)))
-    assert (results["num_queries"], list(results["recall"]["float"])) == (5, ["1", "10", "100"])
-    assert results["recall"]["float"]["100"] == 1
+    assert (results.num_queries, list(results.recall["float"])) == (5, [1, 10, 100])
+    assert results.recall["float"][100] == 1
 
 
 def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, root: Path, storage: Path, tmp_path: Path) -> None:
@@ -249,6 +251,49 @@ def test_an_approximate_index_says_what_it_finds(config: EvaluateConfig, root: P
     index = EvalConfig(index="HNSW8", index_parameters="efSearch=64", nmi=False)
     results = run(dataclasses.replace(config, data=EvaluateDataConfig(root=str(root)), eval=index))
     exact = run(dataclasses.replace(config, data=EvaluateDataConfig(root=str(root))))
-    assert results["index"]["recall_of_exact"]["1"] > 0.9
-    assert results["recall"]["binary"] == exact["recall"]["binary"]
-    assert abs(results["recall"]["float"]["1"] - exact["recall"]["float"]["1"]) <= 1 / 11
+    assert results.index.recall_of_exact[1] > 0.9
+    assert results.recall["binary"] == exact.recall["binary"]
+    assert abs(results.recall["float"][1] - exact.recall["float"][1]) <= 1 / 11
+
+
+def test_results_or_report_that_cannot_be_written(
+    config: EvaluateConfig, root: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Without results its run in MLflow has failed; without a report it is finished."""
+    client = mlflow.MlflowClient(f"sqlite:///{config.storage}/mlflow.db")
+    run_id = (Path(config.checkpoint).parent / "mlflow_run_id").read_text()
+    experiment_id = client.get_run(run_id).info.experiment_id
+
+    def newest_child() -> mlflow.entities.Run:
+        return client.search_runs([experiment_id], f"tags.mlflow.parentRunId = '{run_id}'")[0]
+
+    evaluations = tmp_path / "storage" / "evaluations"
+    tracked = dataclasses.replace(
+        config,
+        storage=str(tmp_path / "storage"),
+        run_id=run_id,
+        tracking_uri=f"sqlite:///{config.storage}/mlflow.db",
+        data=EvaluateDataConfig(root=str(root)),
+    )
+    evaluations.parent.mkdir()
+    evaluations.write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="evaluations"):
+        run(tracked)
+    failed = newest_child()
+    assert failed.info.status == "FAILED"
+    assert client.list_artifacts(failed.info.run_id) == []
+
+    evaluations.unlink()
+    monkeypatch.setattr(report, "draw", lambda _: 1 / 0)
+    capsys.readouterr()
+    results = run(tracked)
+    (folder,) = evaluations.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["results.json"]
+    assert EvaluationResults.from_json(json.loads((folder / "results.json").read_text())) == results
+    output = capsys.readouterr().out
+    assert f"no report: {folder}/report.html was not written: ZeroDivisionError: division by zero" in output
+    assert "report:  " not in output
+    finished = newest_child()
+    assert finished.info.run_id != failed.info.run_id
+    assert finished.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(finished.info.run_id)] == ["results.json"]

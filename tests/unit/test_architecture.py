@@ -52,7 +52,16 @@ def test_data_does_not_import_model_nor_model_data() -> None:
             assert not {f"nsl_dist.{peer}" for peer in peers} & imports_of(path), path
 
 
-def test_training_step_needs_no_ray() -> None:
-    modules = "nsl_dist.training.step, nsl_dist.data.sampler, nsl_dist.proxies.matrix, nsl_dist.recipes"
-    code = f"import sys; import {modules}; sys.exit('ray' in sys.modules or 'mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("modules", "unneeded"),
+    [
+        (["training.step", "data.sampler", "proxies.matrix", "recipes"], {"ray", "mlflow"}),
+        (["retrieval.metrics", "retrieval.neighbours", "retrieval.ties"], {"ray", "torch", "pyarrow", "faiss"}),
+        (["retrieval.results", "training.results"], {"ray", "torch", "mlflow", "faiss"}),
+    ],
+)
+def test_what_must_run_without_ray_does_not_import_it(modules: list[str], unneeded: set[str]) -> None:
+    imports = "; ".join(f"import nsl_dist.{module}" for module in modules)
+    done = subprocess.run([sys.executable, "-c", f"{imports}; import sys; print(*sys.modules)"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert not unneeded & set(done.stdout.decode().split())

@@ -85,6 +85,6 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
         write_record(checkpoint, step=step)
         for name in ("embedder.safetensors", "embedder.json"):
             (checkpoint / name).write_text(str(step))
-        folder.keep_best(step, recall={"10": 0.9, "1": share})
+        folder.keep_best(step, recall={10: 0.9, 1: share})
     assert CheckpointRecord.read(folder.best).step == 2
     assert Path(folder.best, "embedder.safetensors").read_text() == "2"

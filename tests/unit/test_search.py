@@ -4,9 +4,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from nsl_dist.retrieval.gallery_shard import read_shard
 from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
 from nsl_dist.retrieval.neighbours import Nearest, distances_of, ids_of, merge, to_keys, without
-from nsl_dist.retrieval.sharded_search import _load
+from nsl_dist.retrieval.ties import inner_products, nearer, settle_ties, tolerance
 from nsl_dist.retrieval.vector_files import EmbeddingSet, load_index, pack_codes, write_file, write_index
 
 
@@ -68,13 +69,72 @@ def test_the_nearest_are_kept_and_merged_ties_by_id(pieces: list[int], values: i
 def test_a_disk_without_room_is_refused() -> None:
     gallery = EmbeddingSet("nowhere", "test", dim=8, files=("a.parquet",), counts=(2**57,))
     with pytest.raises(ValueError, match=r"cannot keep .* GiB of embeddings in .*; raise --eval.memory-budget"):
-        _load(gallery, range(gallery.num_vectors), ("float",), resident_bytes=2**30)
+        read_shard(gallery, range(gallery.num_vectors), ("float",), resident_bytes=2**30)
 
 
 def test_the_query_is_left_out_wherever_it_ranks() -> None:
     ids = np.array([[7, 5, 3], [5, 7, 3], [1, 2, 3]])
     assert without(np.array([7, 7, 7]), ids).tolist() == [[5, 3], [5, 3], [1, 2]]
     assert without(np.array([-1, -1, -1]), ids) is ids
+
+
+class InMemory:
+    """The float64 similarities of queries and a gallery in memory, and the number of pairs that were compared."""
+
+    def __init__(self, queries: np.ndarray, gallery: np.ndarray) -> None:
+        self.queries, self.gallery, self.num_pairs = queries, gallery, 0
+
+    def of_pairs(self, rows_P: np.ndarray, ids_P: np.ndarray) -> np.ndarray:
+        assert (np.diff(rows_P) >= 0).all()
+        self.num_pairs += len(rows_P)
+        return np.concatenate(
+            [inner_products(self.gallery[[id_]], self.queries[row]) for row, id_ in zip(rows_P, ids_P, strict=True)]
+        )
+
+    def nearest(self, rows: np.ndarray, k: int) -> np.ndarray:
+        self.num_pairs += len(rows) * len(self.gallery)
+        found = []
+        for row in rows:
+            best = (np.empty(0), np.empty(0, dtype=np.int64))
+            for ids in np.array_split(np.arange(len(self.gallery)), 3):
+                best = nearer(best, self.queries[row], gallery_GD=self.gallery[ids], gallery_ids=ids, k=k)
+            found.append(best[1])
+        return np.stack(found)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("depth", [40, 300])
+def test_ties_are_settled_as_in_float64(spread: float, depth: int) -> None:
+    """The similarities are given with errors up to the tolerance; duplicates are tied in float64 too."""
+    k, dim, rng = 20, 24, np.random.default_rng(5)
+    gallery = rng.normal(size=dim) + spread * rng.normal(size=(300, dim))
+    gallery = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)).astype(np.float32)
+    gallery[100:103] = gallery[7]
+    gallery[200:290] = gallery[9]  # more than the neighbours that were found
+    queries = gallery[np.r_[7, 9, 20:70]]
+    exact = np.stack([inner_products(gallery, query) for query in queries])
+    expected = np.argsort(-exact, axis=1, kind="stable")
+    noisy = (exact + rng.uniform(-0.9, 0.9, exact.shape) * tolerance(dim)).astype(np.float32)
+    ids_QK = np.argsort(-noisy, axis=1, kind="stable")[:, :depth]
+    similarities_QK = np.take_along_axis(noisy, ids_QK, axis=1)
+    in_memory, complete = InMemory(queries, gallery), depth == len(gallery)
+
+    found = settle_ties(similarities_QK, ids_QK.copy(), in_memory, k, dim=dim, complete=complete)
+    np.testing.assert_array_equal(found[:, :k], expected[:, :k])
+    if spread == 1.0:  # most float32 similarities tell their neighbours apart
+        assert in_memory.num_pairs < exact.size / 2
+
+    matches_QK = ids_QK % 5 == 0  # only these must come to their places
+    found = settle_ties(similarities_QK, ids_QK.copy(), in_memory, k, dim=dim, complete=complete, matches_QK=matches_QK)
+    np.testing.assert_array_equal(found[:, :k] % 5 == 0, expected[:, :k] % 5 == 0)
+
+
+def test_a_tolerance_that_is_too_small_is_noticed() -> None:
+    vectors = np.eye(4, dtype=np.float32)
+    queries = np.full((1, 4), 0.5, dtype=np.float32)  # equally near to all vectors
+    similarities_QK = np.array([[0.5 + 1e-5, 0.5 + 1e-5, 0.5, 0.5 - 1e-5]], dtype=np.float32)
+    found = settle_ties(similarities_QK, np.array([[3, 1, 0, 2]]), InMemory(queries, vectors), 4, dim=4, complete=True)
+    assert found.tolist() == [[0, 1, 2, 3]]
 
 
 def naive(neighbours: np.ndarray, label: int, gallery: np.ndarray, relevant: int) -> tuple[float, float]:
