@@ -1,8 +1,8 @@
 """Sharded nearest-neighbour search, float and binary: exact, ties included, in bounded memory.
 
-The gallery is split into shards, each in an actor (`gallery_shard`). Queries come in blocks. A task leads the search of
-each block: it asks all shards for their neighbours, merges them, settles ties (`ties`) and summarises the result. The
-tasks are spread over the nodes of the shards, so no process holds more than its shard or one block.
+The gallery is split into shards, each in an actor (`gallery_shard`). Queries come in blocks. An actor on each node of
+the shards leads the search of some blocks: it asks all shards for a block's neighbours, merges them, settles ties
+(`ties`) and summarises the result. So no process holds more than its shard or a few blocks.
 
 Neighbours are ordered by similarity, ties by ascending id. Hamming distances are whole numbers, so their ties are
 certain; ties of float similarities are settled in float64.
@@ -45,8 +45,8 @@ class Gallery:
     Attributes:
         embeddings: all of them.
         shards: actors of `GalleryShard`.
+        leaders: actors of `BlockLeader`.
         cuts: first id of each shard, and the number of vectors.
-        hosts: ids of the nodes that blocks are led on.
         exact: False with an approximate index.
         block_size: queries in a block, so that their neighbours fit the memory.
 
@@ -54,8 +54,8 @@ class Gallery:
 
     embeddings: EmbeddingSet
     shards: list[Any]
+    leaders: list[Any]
     cuts: list[int]
-    hosts: list[str]
     exact: bool
     block_size: int
 
@@ -102,14 +102,16 @@ def open_gallery(
         raise ValueError(f"{embeddings.num_vectors:,} vectors in one gallery: {MOST_IDS:,} is the most")
 
     def stop() -> None:
-        for shard in shards:
-            ray.kill(shard)
+        for actor in [*shards, *leaders]:
+            ray.kill(actor)
 
     gpus = num_gpus if "float" in kinds and exact else 0
     shards: list[Any] = []
+    leaders: list[Any] = []
     try:
         while True:
             shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
+            leaders = _start_leaders(hosts)
             try:
                 block_sizes = cluster.get([shard.load.remote() for shard in shards])
                 break
@@ -125,7 +127,7 @@ def open_gallery(
         row_bytes = (k + MARGIN) * (16 * len(shards) + 48) + embeddings.dim * 8
         memory = config.memory_budget * 2**30
         block_size = int(min(*block_sizes, max(1, memory / 4 / BLOCKS_IN_FLIGHT // row_bytes)))
-        yield Gallery(embeddings, shards, cuts, hosts, exact, block_size)
+        yield Gallery(embeddings, shards, leaders, cuts, exact, block_size)
     finally:
         stop()
 
@@ -133,13 +135,13 @@ def open_gallery(
 def _start_shards(
     embeddings: EmbeddingSet, kinds: tuple[Kind, ...], config: EvalConfig, *, num_gpus: int
 ) -> tuple[list[Any], list[int], list[str]]:
-    """Return actors on the nodes that are there now, the cuts between their shards, and the ids of the nodes."""
+    """Return actors on the nodes that are there now, the cuts between their shards, and the ids of their nodes."""
     nodes = cluster.live_nodes()
     nodes = [node for node in nodes if node["Resources"].get("CPU")] or nodes  # a cluster's head has none
     num_shards = min(config.num_shards or num_gpus or len(nodes), embeddings.num_vectors)
     num_gpus = min(num_gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
-    hosts = [node["NodeID"] for node in nodes if node["Resources"].get("GPU") or not num_gpus]
+    hosts = [node["NodeID"] for node in nodes if node["Resources"].get("GPU") or not num_gpus][:num_shards]
     shards_on_a_node = -(-num_shards // max(1, len(hosts)))
     actor = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(GalleryShard)
     shards = [
@@ -156,6 +158,11 @@ def _start_shards(
         for place, (start, stop) in enumerate(itertools.pairwise(cuts))
     ]
     return shards, cuts, hosts
+
+
+def _start_leaders(hosts: list[str]) -> list[Any]:
+    actor = ray.remote(num_cpus=0, max_concurrency=BLOCKS_IN_FLIGHT)(BlockLeader)
+    return [actor.options(scheduling_strategy=_on(host)).remote() for host in hosts]
 
 
 def _on(node_id: str) -> NodeAffinitySchedulingStrategy:
@@ -179,7 +186,7 @@ def search(
         queries: what to search for.
         gallery: from `open_gallery`.
         kind: what to compare.
-        summarise: called where a block was led, with the ids of its queries and those of their neighbours, `[Q, k]`,
+        summarise: called by the leader of a block, with the ids of its queries and those of their neighbours, `[Q, k]`,
             nearest first, -1 where there are fewer. Only what it returns is sent back.
         k: neighbours wanted.
         classes: if given, only neighbours of the query's class must come to their exact places. The others keep the
@@ -198,8 +205,8 @@ def search(
     progress = Progress(name, "queries", sum(map(len, blocks)))
     shared = ray.put((queries, gallery, kind, summarise, classes))
     waiting = []
-    for block, host in zip(blocks, itertools.cycle(gallery.hosts), strict=False):
-        waiting.append((block, _lead_block.options(scheduling_strategy=_on(host)).remote(shared, block, k)))
+    for block, leader in zip(blocks, itertools.cycle(gallery.leaders), strict=False):
+        waiting.append((block, leader.lead.remote(shared, block, k)))
         if len(waiting) == BLOCKS_IN_FLIGHT:
             done, summary = waiting.pop(0)
             yield ray.get(summary)
@@ -209,36 +216,38 @@ def search(
         progress.advance(len(done))
 
 
-@ray.remote(num_cpus=0)
-def _lead_block(shared: Any, ids: range, k: int) -> Any:
-    """Search for the queries `ids` in all shards (see `search`)."""
-    queries, gallery, kind, summarise, classes = shared
-    vectors = queries.read_all("vector" if kind == "float" else "code", ids)
-    own_ids = np.array(ids) if queries == gallery.embeddings else np.full(len(ids), -1)
-    block = ray.put(vectors)
-    settles = kind == "float" and gallery.exact
-    # One more than asked for: the query itself may be among them.
-    depth = min(k + 1 + (MARGIN if settles else 0), gallery.embeddings.num_vectors)
-    parts = ray.get([shard.search.remote(block, depth, kind) for shard in gallery.shards])
-    keys = without(own_ids, merge(parts, depth))
-    neighbours = ids_of(keys)
-    if settles:
-        matches = None
-        if classes is not None:
-            matches = classes.gallery[neighbours] == classes.queries[ids.start : ids.stop, None]
-        neighbours = settle_ties(
-            -distances_of(keys, np.float32),
-            neighbours,
-            _ShardSimilarities(gallery, block, vectors, own_ids),
-            k,
-            dim=queries.dim,
-            complete=depth == gallery.embeddings.num_vectors,
-            matches_QK=matches,
-        )
-    neighbours = neighbours[:, :k]
-    if neighbours.shape[1] < k:
-        neighbours = np.pad(neighbours, ((0, 0), (0, k - neighbours.shape[1])), constant_values=-1)
-    return summarise(ids, neighbours)
+class BlockLeader:
+    """An actor that leads the search of some blocks in all shards."""
+
+    def lead(self, shared: Any, ids: range, k: int) -> Any:
+        """Search for the queries `ids`; `shared` are the arguments of `search` that all blocks have in common."""
+        queries, gallery, kind, summarise, classes = shared
+        vectors = queries.read_all("vector" if kind == "float" else "code", ids)
+        own_ids = np.array(ids) if queries == gallery.embeddings else np.full(len(ids), -1)
+        block = ray.put(vectors)
+        settles = kind == "float" and gallery.exact
+        # One more than asked for: the query itself may be among them.
+        depth = min(k + 1 + (MARGIN if settles else 0), gallery.embeddings.num_vectors)
+        parts = ray.get([shard.search.remote(block, depth, kind) for shard in gallery.shards])
+        keys = without(own_ids, merge(parts, depth))
+        neighbours = ids_of(keys)
+        if settles:
+            matches = None
+            if classes is not None:
+                matches = classes.gallery[neighbours] == classes.queries[ids.start : ids.stop, None]
+            neighbours = settle_ties(
+                -distances_of(keys, np.float32),
+                neighbours,
+                _ShardSimilarities(gallery, block, vectors, own_ids),
+                k,
+                dim=queries.dim,
+                complete=depth == gallery.embeddings.num_vectors,
+                matches_QK=matches,
+            )
+        neighbours = neighbours[:, :k]
+        if neighbours.shape[1] < k:
+            neighbours = np.pad(neighbours, ((0, 0), (0, k - neighbours.shape[1])), constant_values=-1)
+        return summarise(ids, neighbours)
 
 
 @dataclass(frozen=True)
