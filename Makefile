@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 ARGS ?=
 JOB ?= jobs/train_sop.py
 
 # Where it is set, each of a cluster's many processes compiles all that it imports, anew: three times as slow.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train submit test lint setup lock
+.PHONY: train submit test test-lowest lint setup lock
 
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
@@ -28,7 +29,8 @@ lint: setup
 
 setup: $(VENV)/.current
 
-$(VENV)/.current: requirements.lock pyproject.toml
+# nsl_dist/__init__.py: it says the version that is installed.
+$(VENV)/.current: requirements.lock pyproject.toml nsl_dist/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
@@ -36,6 +38,14 @@ $(VENV)/.current: requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
+# As little as pyproject.toml needs; all that is current: make lock ARGS=--upgrade
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --extra cloud --extra serve --extra onnx --extra timm --universal --python-version 3.11 --no-header --no-annotate \
-		--quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --quiet \
+		--output-file requirements.lock $(ARGS)
+
+# The fast tests with the oldest Python and packages that pyproject.toml allows.
+test-lowest: setup
+	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --all-extras \
+		--requirement pyproject.toml --editable .
+	$(LOWEST)/bin/python -m pytest tests/unit tests/distributed $(ARGS)

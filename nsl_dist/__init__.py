@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nsl_dist.embedder import Embedder
 
+__version__ = "0.1.0"
+
 # Ray reads these when it is imported.
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
 os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")  # the jobs say themselves which nodes they wait for, and which came

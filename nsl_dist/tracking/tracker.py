@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -21,9 +21,19 @@ from nsl_dist.run import CheckpointRecord, unsent_file
 if TYPE_CHECKING:
     from nsl_dist.data.shards import Manifest
 
-PACKAGES = ("torch", "torchvision", "ray", "faiss-gpu", "pyarrow", "mlflow")  # whose versions are tags
+# Packages whose versions are tags; faiss comes from any of three.
+PACKAGES = ("torch", "torchvision", "ray", "faiss-gpu", "faiss-gpu-cu12", "faiss-cpu", "pyarrow", "mlflow")
 MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
 SECONDS_BETWEEN_TRIES = 10.0
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the version of each of `PACKAGES` that is installed."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 class Tracker:
@@ -115,7 +125,7 @@ class Tracker:
 
         """
         experiment_id = self._experiment(config.tracking.experiment or manifest.layout)
-        tags = {"cluster": cluster} | {f"version.{name}": version(name) for name in PACKAGES}
+        tags = {"cluster": cluster} | {f"version.{name}": number for name, number in installed_versions().items()}
         if git_commit is not None:
             tags[MLFLOW_GIT_COMMIT] = git_commit
         if config.tracking.parent is not None:

@@ -25,6 +25,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 
+from nsl_dist import __version__
 from nsl_dist.commandline import parse_train_config
 
 ROOT = Path(__file__).parents[2]
@@ -220,12 +221,11 @@ def test_the_trainings_that_are_shown_have_flags_that_fit() -> None:
         assert parse_train_config(shlex.split(command), description="").num_workers is not None
 
 
-def test_images_are_pinned_and_of_one_version() -> None:
-    ours = re.compile(r"REGISTRY/nsl_dist:(\S+)")
-    versions = {version for path in ROOT.glob("cluster/**/*.yaml") for version in ours.findall(path.read_text())} | set(
-        ours.findall((ROOT / "ray_cluster.yaml").read_text())
-    )
-    assert versions == {"0.1.0"}
+def test_images_are_pinned_and_of_this_version() -> None:
+    files = [ROOT / "ray_cluster.yaml", ROOT / "cluster" / "Dockerfile", *ROOT.glob("cluster/**/*.yaml")]
+    files += ROOT.glob("cluster/**/*.md")
+    for path in files:
+        assert set(re.findall(r"/nsl_dist:(\S+)", path.read_text())) <= {__version__}, path
     bases = re.findall(r"^FROM (\S+)", (ROOT / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
     assert len(set(bases)) == 1
     assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", bases[0])
