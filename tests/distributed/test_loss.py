@@ -11,7 +11,7 @@ from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.proxies.sampling import sample_rows
 from nsl_dist.proxies.table import Table
-from tests.distributed.workers import run
+from tests.support.ranks import Ranks
 
 DIM, BATCH, TEMPERATURE = 16, 24, 0.05
 CASES = [
@@ -120,8 +120,8 @@ def check_loss(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_partitioned_loss_equals_dense(world_size: int) -> None:
-    run(check_loss, world_size)
+def test_partitioned_loss_equals_dense(ranks: Ranks, world_size: int) -> None:
+    ranks.run(check_loss, world_size)
 
 
 def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
@@ -159,8 +159,8 @@ def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sampled_training_follows_dense_sgd(world_size: int) -> None:
-    run(check_trajectory, world_size, 400)
+def test_sampled_training_follows_dense_sgd(ranks: Ranks, world_size: int) -> None:
+    ranks.run(check_trajectory, world_size, 400)
 
 
 def check_a_rank_without_images(rank: int, world_size: int) -> None:
@@ -182,8 +182,8 @@ def check_a_rank_without_images(rank: int, world_size: int) -> None:
         assert relative_error(velocity, dense.grad[part.start : part.stop]) < 1e-5
 
 
-def test_ranks_without_images_and_without_classes() -> None:
-    run(check_a_rank_without_images, 4)
+def test_ranks_without_images_and_without_classes(ranks: Ranks) -> None:
+    ranks.run(check_a_rank_without_images, 4)
 
 
 def check_nan(rank: int, world_size: int) -> None:
@@ -201,5 +201,5 @@ def check_nan(rank: int, world_size: int) -> None:
     assert torch.equal(matrix.weight.values, before)
 
 
-def test_nan_embeddings_are_named_by_every_worker() -> None:
-    run(check_nan, 3)
+def test_nan_embeddings_are_named_by_every_worker(ranks: Ranks) -> None:
+    ranks.run(check_nan, 3)

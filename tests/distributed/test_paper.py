@@ -17,7 +17,7 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.recipes import cars196_resnet50, sop_resnet50
 from nsl_dist.training.step import TrainingStep
-from tests.distributed.workers import run
+from tests.support.ranks import Ranks
 
 NUM_CLASSES, DIM, EDGE = 41, 64, 32  # classes that neither 2 nor 3 workers share evenly
 EPOCH = 5  # steps: one epoch of the new layers alone, two at the full learning rate, one at a tenth of it
@@ -191,6 +191,6 @@ def check(rank: int, world_size: int, images_per_class: int, batch_size: int, fr
 @pytest.mark.parametrize(
     ("world_size", "batch_size", "images_per_class"), [(1, 75, 25), (1, 75, 5), (2, 150, 5), (3, 75, 25)]
 )
-def test_twenty_steps_equal_the_papers(world_size: int, batch_size: int, images_per_class: int) -> None:
+def test_twenty_steps_equal_the_papers(ranks: Ranks, world_size: int, batch_size: int, images_per_class: int) -> None:
     """With batch norm on one worker; on several, whose statistics are those of their own part, with frozen ones."""
-    run(check, world_size, images_per_class, batch_size, world_size > 1)
+    ranks.run(check, world_size, images_per_class, batch_size, world_size > 1)

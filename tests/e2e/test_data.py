@@ -15,7 +15,7 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import load_manifest, open_data, prepare, records_digest
 from nsl_dist.data.stream import fetch, planned_batches
 from nsl_dist.data.transforms import augment
-from tests.conftest import write_sop
+from tests.support.images import write_sop
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SIZES = {"train": [3, 9, 2, 5, 4, 6, 1, 7, 3, 5, 8, 2], "test": [2, 1, 4]}

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from nsl_dist.retrieval.evaluation import run
 from nsl_dist.retrieval.sharded_search import check_index
 from nsl_dist.retrieval.vector_files import load_index
 from nsl_dist.run import MODEL_FILE, find_checkpoint
-from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
-from tests.e2e.browser import opened_browser, prefer, resize
+from tests.support.browser import prefer, resize
+from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop
+from tests.support.processes import job
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SMALL = [
@@ -121,12 +121,6 @@ def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) 
         (_, query), *neighbours = [(kind, int(image_id) - first_id) for kind, image_id in names[start : start + 9]]
         assert [place for _, place in neighbours] == order[query, :8].tolist()
         assert [kind == "same class" for kind, _ in neighbours] == matches[query, :8].tolist()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("width", [1280, 390])

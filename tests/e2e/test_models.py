@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -23,10 +22,11 @@ from nsl_dist.model import build_model
 from nsl_dist.retrieval.vector_files import pack_codes
 from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE
 from nsl_dist.tracking.tracker import Tracker
-from tests.conftest import job, write_folders
-from tests.e2e.local_cluster import BIN
+from tests.support.images import write_folders
+from tests.support.processes import BIN, job
 
 CONFIG = TrainConfig(model=ModelConfig(dim=20), data=DataConfig(image_size=32), run_name="mine")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("models")]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,22 @@ def embedder(root: Path) -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def registered(root: Path) -> Iterator[str]:
-    """URI of the model in the registry; MLflow is told where that is."""
+def registry(root: Path) -> str:
+    """URI of MLflow's store, in which the model is registered as "shop"."""
+    uri = f"sqlite:///{root}/mlflow.db"
     with pytest.MonkeyPatch.context() as patched:
         # Before MLflow sets it: what is there afterwards would stay for the tests to come.
-        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        patched.setenv("MLFLOW_TRACKING_URI", uri)
         job(patched, "export", f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=shop")
-        mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-        yield "models:/shop/1"
+    return uri
+
+
+@pytest.fixture
+def registered(registry: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of the model in the registry; MLflow is told where that is."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    mlflow.set_tracking_uri(registry)
+    return "models:/shop/1"
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -117,7 +125,6 @@ def test_mlflow_predicts_from_its_command_line(
     np.testing.assert_allclose(found, embedder(images[:2]), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_registered_model_loads_with_its_own_requirements_alone(
     registered: str, embedder: Embedder, images: list[str], tmp_path: Path
 ) -> None:
@@ -140,8 +147,13 @@ def test_registered_model_loads_with_its_own_requirements_alone(
 
 
 def test_onnx_does_what_torch_does(
-    root: Path, embedder: Embedder, images: list[str], tmp_path: Path, monkeypatch, capsys
-):
+    root: Path,
+    embedder: Embedder,
+    images: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "new" / "model.onnx"
     job(monkeypatch, "export", f"--checkpoint={root}/runs/mine/best", f"--onnx={file}")
     assert "MiB; differs from torch by" in capsys.readouterr().out
@@ -152,7 +164,9 @@ def test_onnx_does_what_torch_does(
     np.testing.assert_allclose(found, embedder(images), atol=1e-5)
 
 
-def test_export_says_what_is_wrong(root: Path, monkeypatch, capsys) -> None:
+def test_export_says_what_is_wrong(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for flags, message in (
         ([f"--checkpoint={root}/runs/mine/best"], "nothing to do: give --register NAME, --onnx FILE or both"),
         ([f"--checkpoint={root}/runs/mine", "--onnx=x.onnx"], "embedder.json is missing: give a checkpoint"),

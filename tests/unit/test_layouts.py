@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nsl_dist.data.layouts import read_records, recognise
-from tests.conftest import write_cars196, write_cub200, write_folders, write_inshop, write_sop
+from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop, write_sop
 
 
 @pytest.fixture

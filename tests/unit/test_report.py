@@ -23,7 +23,7 @@ from nsl_dist.retrieval.findings import (
     thumbnail,
 )
 from nsl_dist.retrieval.report import render, table_of, write_report
-from tests.conftest import encode
+from tests.support.images import encode
 
 RESULTS = {
     "recall": {"float": {"1": 0.5, "10": 0.75}, "binary": {"1": 0.25, "10": 0.625}},
