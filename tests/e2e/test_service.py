@@ -33,6 +33,8 @@ from tests.support.images import encode, write_image, write_inshop
 from tests.support.processes import PATIENCE, ROOT, job, listening_addresses
 from tests.support.search_service import DIM, LOOSE, SIZES, Service
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_says_what_it_serves(service: Service) -> None:
     text = service.log.read_text()
@@ -351,7 +353,13 @@ def test_a_data_set_is_searched_by_split(tmp_path: Path, cluster: None) -> None:
         assert searcher.class_name(0) == f"id_{1 if split else 4:08d}"
 
 
-def test_neighbours_in_the_terminal(service: Service, tmp_path: Path, cluster: None, monkeypatch, capsys) -> None:
+def test_neighbours_in_the_terminal(
+    service: Service,
+    tmp_path: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     query, other = service.files[20:22]
     arguments = [f"--checkpoint={service.checkpoint}", f"--gallery={service.files[0].parent}"]
     arguments += [f"--storage={service.checkpoint.parent / 'storage'}", "--k=3"]
@@ -374,7 +382,13 @@ def test_neighbours_in_the_terminal(service: Service, tmp_path: Path, cluster: N
     assert message in capsys.readouterr().err
 
 
-def test_mistakes_are_told_in_a_line(service: Service, tmp_path: Path, cluster: None, monkeypatch, capsys) -> None:
+def test_mistakes_are_told_in_a_line(
+    service: Service,
+    tmp_path: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def told(message: str, *arguments: str) -> None:
         given = {"--checkpoint": str(service.checkpoint), "--gallery": str(tmp_path), "--storage": str(tmp_path / "s")}
         given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
