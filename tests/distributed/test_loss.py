@@ -1,5 +1,7 @@
 """The partitioned, sampled loss and its updates against the one-process dense answer."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from nsl_dist.proxies.table import Table
 from tests.support.ranks import Ranks
 
 DIM, BATCH, TEMPERATURE = 16, 24, 0.05
-CASES = [
+CASES: list[tuple[int, float, int, dict[str, Any]]] = [
     (num_classes, sample_rate, step, {})
     for num_classes in (97, 48, 3)  # 3: more workers than classes leaves empty partitions
     for sample_rate in (1.0, 0.1)
@@ -78,7 +80,7 @@ def dense_loss(
     return ((logits + added).logsumexp(dim=1) - wanted).mean()
 
 
-def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: object) -> ProxyMatrix:
+def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any) -> ProxyMatrix:
     group = dist.group.WORLD if part.world_size > 1 else None
     matrix = ProxyMatrix(part, DIM, ProxyConfig(temperature=TEMPERATURE, **options), group=group)
     matrix.start_optimizer(momentum=momentum, weight_decay=weight_decay, step=0)
@@ -110,6 +112,9 @@ def check_loss(rank: int, world_size: int) -> None:
         loss = matrix.loss(local, labels, step=step, lr=1.0)
         loss.backward()
         assert relative_error(loss.detach(), exact.detach()) < 1e-5
+        assert local.grad is not None
+        assert dense_embeddings.grad is not None
+        assert dense_proxies.grad is not None
         # The gradient of a worker's embeddings is scaled for DDP, which averages over workers.
         assert relative_error(local.grad / world_size, dense_embeddings.grad[mine]) < 1e-5
         exact_grad = dense_proxies.grad[part.start : part.stop]
@@ -179,6 +184,7 @@ def check_a_rank_without_images(rank: int, world_size: int) -> None:
     velocity = matrix.complete(step=1)["velocity"]
     assert velocity.shape == (3 if rank < 3 else 0, DIM)
     if rank < 3:
+        assert dense.grad is not None
         assert relative_error(velocity, dense.grad[part.start : part.stop]) < 1e-5
 
 

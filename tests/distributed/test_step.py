@@ -37,7 +37,12 @@ CONFIG = TrainConfig(
 )
 PLAN = ClassBalancedPlan(np.full(11, 5), batch_size=12, images_per_class=2, seed=0)  # 4 steps an epoch, 11 classes
 NUM_STEPS = 10
-LONG = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, epochs=15, lr=0.001))
+# ResNet-18 does not amplify rounding errors from step to step as ShuffleNet with random weights does.
+LONG = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, backbone="resnet18"),
+    optim=dataclasses.replace(CONFIG.optim, epochs=9, lr=0.001),
+)
 
 
 def images_of(step: int) -> torch.Tensor:
@@ -199,19 +204,16 @@ def test_checkpoints_reshard(ranks: Ranks, tmp_path: Path, step: int, proxies: P
 def test_going_on_from_a_checkpoint_is_exact(
     ranks: Ranks, tmp_path: Path, world_size: int, proxies: ProxyConfig, step: int
 ) -> None:
-    if world_size == 1:
-        interrupt_and_compare(0, 1, tmp_path, step, proxies)
-    else:
-        ranks.run(interrupt_and_compare, world_size, tmp_path, step, proxies)
+    ranks.run(interrupt_and_compare, world_size, tmp_path, step, proxies)
 
 
 def test_going_on_with_other_numbers_of_workers(ranks: Ranks, tmp_path: Path) -> None:
-    """20 steps of 2 workers, 20 of 3 and 20 of 1 end as 60 of one: model, momentum and proxies."""
+    """12 steps of 2 workers, 12 of 3 and 12 of 1 end as 36 of one: model, momentum and proxies."""
     runs = [tmp_path / name / f"checkpoint_{0:09d}" for name in ("one", "two", "three", "changed")]
-    ranks.run(go_on, 1, [runs[0], runs[0]], 0, 60)
-    ranks.run(go_on, 2, [runs[0], runs[1]], 0, 20)
-    ranks.run(go_on, 3, [runs[1], runs[2]], 20, 40)
-    ranks.run(go_on, 1, [runs[2], runs[3]], 40, 60)
+    ranks.run(go_on, 1, [runs[0], runs[0]], 0, 36)
+    ranks.run(go_on, 2, [runs[0], runs[1]], 0, 12)
+    ranks.run(go_on, 3, [runs[1], runs[2]], 12, 24)
+    ranks.run(go_on, 1, [runs[2], runs[3]], 24, 36)
     difference = greatest_difference(str(runs[0].parent), str(runs[3].parent))
     assert difference <= 1e-3
 

@@ -204,7 +204,8 @@ def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monke
     nodes = Cluster()
     nodes.add_node(num_cpus=0)
     workers = [nodes.add_node(num_cpus=1) for _ in range(2)]
-    start_shards, num_shards = search._start_shards, []
+    start_shards = search._start_shards
+    num_shards: list[int] = []
 
     def place_of(_: search.GalleryShard) -> tuple[str, int]:
         return ray.get_runtime_context().get_node_id(), os.getpid()

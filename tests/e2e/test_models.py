@@ -118,7 +118,7 @@ def test_mlflow_predicts_from_its_command_line(
     encoded = [base64.b64encode(Path(path).read_bytes()).decode() for path in images[:2]]
     asked = tmp_path / "asked.json"
     asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[each] for each in encoded]}}))
-    command = [BIN / "mlflow", "models", "predict", "-m", registered, "-i", asked, "--env-manager", "local"]
+    command = [f"{BIN}/mlflow", "models", "predict", "-m", registered, "-i", asked, "--env-manager", "local"]
     done = subprocess.run([*command, "-o", tmp_path / "found.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["predictions"]

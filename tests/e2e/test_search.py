@@ -10,7 +10,7 @@ import pytest
 from nsl_dist.config import EvalConfig
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.metrics import join
-from nsl_dist.retrieval.sharded_search import judge_of, open_gallery, search
+from nsl_dist.retrieval.sharded_search import Kind, judge_of, open_gallery, search
 from tests.support.vectors import DIM, NUM, brute_force, close, tied, write
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -24,7 +24,8 @@ def test_any_number_of_shards_and_blocks_gives_the_brute_force_answer(tmp_path: 
     with open_gallery(embeddings, ("float", "binary"), config, k=NUM - 1, num_gpus=0) as gallery:
         assert len(gallery.shards) == num_shards
         cases = ((1, 137), (400, 137), (30, NUM), (NUM - 1, NUM))
-        for kind, (k, block_size) in itertools.product(("float", "binary"), cases):
+        kinds: tuple[Kind, ...] = ("float", "binary")
+        for kind, (k, block_size) in itertools.product(kinds, cases):
             expected = brute_force(vectors, vectors, NUM - 1, kind=kind, own=True)
             blocks = [range(start, min(start + block_size, NUM)) for start in range(0, NUM, block_size)]
             found = np.concatenate(list(search(embeddings, gallery, kind, lambda _, ids: ids, k=k, blocks=blocks)))
@@ -44,7 +45,7 @@ def test_where_only_classes_count_metrics_are_those_of_the_brute_force_answer(tm
 
 
 @pytest.mark.parametrize("kind", ["float", "binary"])
-def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path, kind: str) -> None:
+def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path, kind: Kind) -> None:
     vectors = tied(200, DIM, np.random.default_rng(2))
     queries = write(tmp_path, vectors[:60], num_files=1, split="query")
     gallery_set = write(tmp_path, vectors[60:], num_files=2, split="gallery")

@@ -61,7 +61,9 @@ def write_inshop(root: Path, *, train: list[int], query: list[int], gallery: lis
 
 def write_cub200(root: Path, sizes: list[int]) -> Path:
     """Write a small CUB-200-2011 data set: images numbered from 1 over classes numbered from 1."""
-    images, labels, classes = [], [], []
+    images: list[str] = []
+    labels: list[str] = []
+    classes = []
     for number, size in enumerate(sizes, start=1):
         classes.append(f"{number} {number:03d}.Bird_{number}")
         for image in range(size):
@@ -79,7 +81,7 @@ def write_cars196(root: Path, sizes: list[int]) -> Path:
     from scipy.io import savemat
 
     fields = [("relative_im_path", object), ("bbox_x1", object), ("class", object), ("test", object)]
-    rows = []
+    rows: list[tuple[str, int, int, int]] = []
     for number, size in enumerate(sizes, start=1):
         for image in range(size):
             name = f"car_ims/{len(rows) + 1:06d}.jpg"

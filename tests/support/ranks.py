@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,8 @@ class Ranks:
             connection.send((function, rank, world_size, port, arguments))
             running[connection] = rank
         while running:
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(running)):
+                connection = cast("Connection[Any, Any]", ready)
                 rank = running.pop(connection)
                 try:
                     failure = connection.recv()

@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from nsl_dist.data.layouts import read_records, recognise
@@ -80,7 +81,7 @@ def test_empty_split(root: Path) -> None:
         read_records(str(root), layout="sop")
 
 
-def by_split(records) -> dict[str, dict[str, int]]:
+def by_split(records: pa.Table) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for row in records.to_pylist():
         classes = counts.setdefault(row["split"], {})

@@ -3,6 +3,8 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,10 +224,12 @@ def test_the_table_has_what_the_results_have() -> None:
     assert rows["of the exact 1 nearest found"] == ["95.00", "-", "-", "-"]
 
 
-def test_a_report_that_cannot_be_written_is_told_and_a_bug_is_raised(monkeypatch, capsys, tmp_path) -> None:
+def test_a_report_that_cannot_be_written_is_told_and_a_bug_is_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     manifest = Manifest("here", "sop", "there", "0", {}, [], [])
-    arguments = {"name": "a run", "config": TrainConfig(), "manifest": manifest, "history": {}}
+    arguments: dict[str, Any] = {"name": "a run", "config": TrainConfig(), "manifest": manifest, "history": {}}
     monkeypatch.setattr(report, "gather", lambda *_, **__: findings())
     assert write_report(str(tmp_path / "file"), RESULTS, **arguments) == {}
     (line,) = capsys.readouterr().out.splitlines()
