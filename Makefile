@@ -9,7 +9,7 @@ JOB ?= jobs/train_sop.py
 # Where it is set, each of a cluster's many processes compiles all that it imports, anew: three times as slow.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train submit test test-lowest lint setup lock
+.PHONY: train submit test test-rest test-all test-lowest lint setup lock
 
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
@@ -19,13 +19,22 @@ submit: setup
 	RAY_AUTH_MODE=token $(BIN)/ray job submit --address $(ADDRESS) --working-dir . \
 		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD 2> /dev/null)"}' -- python $(JOB) $(ARGS)
 
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What to run before a change is handed in: all but the slow tests.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-rest: setup
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: setup
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check nsl_dist jobs cluster tests
 	$(BIN)/ruff format --check nsl_dist jobs cluster tests
-	$(BIN)/mypy nsl_dist jobs cluster
+	$(BIN)/mypy nsl_dist jobs cluster tests
 
 setup: $(VENV)/.current
 

@@ -1,30 +1,84 @@
-"""Data and clusters that the tests share."""
+"""What tests share, each made once and only if a test asks for it; how tests are ordered, grouped and summed up."""
 
-import io
 import os
-import runpy
+import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import nsl_dist  # noqa: F401  # before Ray is imported, which then stays on loopback
+from tests.support.images import write_sop
+from tests.support.processes import ROOT
 
-JOBS = Path(__file__).parents[1] / "jobs"
-OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot_sop.zip"
+if TYPE_CHECKING:
+    from selenium import webdriver
+
+    from nsl_dist.data.shards import Manifest
+    from tests.support.local_cluster import LocalCluster
+    from tests.support.ranks import Ranks
+    from tests.support.search_service import Service
+    from tests.support.trained_run import TrainedRun
+
+# By fixture, the group of tests that one worker of pytest-xdist runs, so that only that one makes the fixture.
+GROUPS = {"service": "service", "cluster": "ray", "trained": "ray", "local": "local"}
+INSIDE = "NSL_TEST_IN_OWN_PROCESS"
+# Threads of torch wait for each other by spinning: on a busy machine most of the time goes there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reverse", action="store_true", help="run the last test first")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--reverse"):
+        items.reverse()
+    for item in items:
+        groups = [group for fixture, group in GROUPS.items() if fixture in getattr(item, "fixturenames", ())]
+        if groups:
+            item.add_marker(pytest.mark.xdist_group(groups[0]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test with a Ray of its own in a process of its own: Ray Data cannot go from one Ray to another in one."""
+    if pyfuncitem.get_closest_marker("own_process") is None or INSIDE in os.environ:
+        return None
+    test = f"{pyfuncitem.path}::{pyfuncitem.name}"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", test]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment | {INSIDE: "1"}, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    if done.returncode:
+        pytest.fail(f"in its own process: {done.stdout[-20_000:]}", pytrace=False)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    skipped = [f"{count} ({reason})" for reason, count in reasons.items()]
+    left_out = ["the slow ones (make test-rest)"] if config.getoption("-m") == "not slow" else []
+    if skipped or left_out:
+        terminalreporter.write_line(f"not run: {'; '.join([*skipped, *left_out])}")
 
 
 @pytest.fixture(scope="session")
 def omniglot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real images in the layout of Stanford Online Products."""
-    if not OMNIGLOT.exists():
-        pytest.skip(f"the real images are not here: {OMNIGLOT}")
+    folder = Path(os.environ.get("NSL_TEST_IMAGES") or ROOT.parent / "shared" / "data")
+    archive = folder / "omniglot_sop.zip"
+    if not archive.exists():
+        pytest.skip("no omniglot_sop.zip in the folder NSL_TEST_IMAGES")
     root = tmp_path_factory.mktemp("omniglot")
-    zipfile.ZipFile(OMNIGLOT).extractall(root)
+    zipfile.ZipFile(archive).extractall(root)
     return next(root.rglob("Ebay_train.txt")).parent
 
 
@@ -38,109 +92,84 @@ def tracking_uri_of_the_environment() -> Iterator[None]:
         os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-@pytest.fixture
-def cluster() -> None:
-    """A real Ray on this machine, on loopback; it stays for the tests to come."""
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A real Ray of this process, on loopback, with at least 4 CPUs and no GPU."""
+    import ray
+
     from nsl_dist.cluster import connect
 
-    connect(num_cpus=4)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
+        connect(num_cpus=4)
+    yield
+    ray.shutdown()
 
 
-def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    """Run a job as its command line would, on the Ray of the tests."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """140 images of 20 classes to train on, 41 of 9 others, one of which has one image alone."""
+    return write_sop(tmp_path_factory.mktemp("raw"), {"train": [7] * 20, "test": [5] * 8 + [1]})
 
 
-def encode(pixels: np.ndarray, kind: str = "JPEG") -> bytes:
-    """Encode an image."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
+@pytest.fixture(scope="session")
+def shards(raw: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> "Manifest":
+    """`raw` in shards; a test that damages them takes a copy."""
+    from nsl_dist.data.shards import open_data
+
+    storage = tmp_path_factory.mktemp("shards")
+    return open_data(str(raw), layout="sop", storage_root=str(storage), max_undecodable=0)
 
 
-def write_sop(root: Path, sizes: dict[str, list[int]], *, edge: int = 24, seed: int = 0) -> Path:
-    """Write a small data set in the SOP layout: noisy images of one colour a class, some of them grayscale."""
-    rng = np.random.default_rng(seed)
-    image_id = class_id = 0
-    for split, name in (("train", "Ebay_train.txt"), ("test", "Ebay_test.txt")):
-        lines = ["image_id class_id super_class_id path"]
-        for size in sizes[split]:
-            class_id += 1
-            colour = rng.integers(40, 215, 3)
-            for _ in range(size):
-                image_id += 1
-                pixels = np.clip(colour + rng.normal(0, 12, (edge, edge, 3)), 0, 255).astype(np.uint8)
-                pixels = pixels[..., 0] if image_id % 7 == 0 else pixels
-                path = root / "thing_final" / f"{class_id}_{image_id}.JPG"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(encode(pixels))
-                lines.append(f"{image_id} {class_id} 1 thing_final/{path.name}")
-        (root / name).write_text("\n".join(lines) + "\n")
-    return root
+@pytest.fixture(scope="session")
+def trained(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> "TrainedRun":
+    """The main job on a Ray of its own: two workers, half of the classes sampled, evaluated after every epoch."""
+    from tests.support.trained_run import train
+
+    return train(raw, tmp_path_factory.mktemp("trained"))
 
 
-def write_image(path: Path, class_number: int, image_number: int, *, edge: int = 24) -> None:
-    """Write a noisy image in the colour of its class, every fifth one grayscale."""
-    rng = np.random.default_rng((class_number, image_number))
-    colour = np.random.default_rng(class_number).integers(40, 215, 3)
-    pixels = np.clip(colour + rng.normal(0, 12, (edge, edge, 3)), 0, 255).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(pixels[..., 0] if image_number % 5 == 0 else pixels))
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator["LocalCluster"]:
+    """The cluster of cluster/local.py: a head without CPUs and up to 2 nodes that its autoscaler adds."""
+    from tests.support.local_cluster import started_local
+
+    with started_local(tmp_path_factory.mktemp("home")) as started:
+        yield started
 
 
-def write_inshop(root: Path, *, train: list[int], query: list[int], gallery: list[int]) -> Path:
-    """Write a small In-Shop data set: a count, a padded header and padded columns; sizes by class."""
-    rows = []
-    for split, sizes in (("train", train), ("query", query), ("gallery", gallery)):
-        for number, size in enumerate(sizes, start=0 if split == "train" else len(train)):
-            item = f"id_{number + 1:08d}"
-            for image in range(size):
-                name = f"img/WOMEN/Dresses/{item}/{split}_{image:02d}_1_front.{'JPG' if image == 1 else 'jpg'}"
-                write_image(root / name, number, image + 10 * len(split))
-                rows.append(f"{name:<72}{item:<16}{split}")
-    lines = [str(len(rows)), f"{'image_name':<72}{'item_id':<16}evaluation_status", *rows]
-    (root / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
-    return root
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
+    """The search service over 37 images, on a Ray of its own."""
+    from tests.support.search_service import started_service
+
+    with started_service(tmp_path_factory.mktemp("service")) as started:
+        yield started
 
 
-def write_cub200(root: Path, sizes: list[int]) -> Path:
-    """Write a small CUB-200-2011 data set: images numbered from 1 over classes numbered from 1."""
-    images, labels, classes = [], [], []
-    for number, size in enumerate(sizes, start=1):
-        classes.append(f"{number} {number:03d}.Bird_{number}")
-        for image in range(size):
-            name = f"{number:03d}.Bird_{number}/Bird_{image:04d}.{'JPG' if image == 1 else 'jpg'}"
-            write_image(root / "images" / name, number, image)
-            images.append(f"{len(images) + 1} {name}")
-            labels.append(f"{len(labels) + 1} {number}")
-    for name, lines in (("images", images), ("image_class_labels", labels), ("classes", classes)):
-        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return root
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
+    from tests.support.browser import opened_browser
+
+    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
 
 
-def write_cars196(root: Path, sizes: list[int]) -> Path:
-    """Write a small CARS196 data set: a MATLAB struct array with classes from 1 and a `test` field of another split."""
-    from scipy.io import savemat
-
-    fields = [("relative_im_path", object), ("bbox_x1", object), ("class", object), ("test", object)]
-    rows = []
-    for number, size in enumerate(sizes, start=1):
-        for image in range(size):
-            name = f"car_ims/{len(rows) + 1:06d}.jpg"
-            write_image(root / name, number, image)
-            rows.append((name, 1, number, image % 2))
-    names = np.array([f"Maker Model {number}" for number in range(1, len(sizes) + 1)], dtype=object)
-    savemat(root / "cars_annos.mat", {"annotations": np.array([rows], dtype=fields), "class_names": names[None]})
-    return root
+@pytest.fixture
+def browser(chromium: "webdriver.Chrome") -> "webdriver.Chrome":
+    """A real browser without a screen, with nothing of the test before."""
+    chromium.get("about:blank")
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    chromium.get_log("browser")
+    return chromium
 
 
-def write_folders(root: Path, sizes: list[int]) -> Path:
-    """Write a folder of images for each class, some deeper, some with upper-case endings, beside other files."""
-    for number, size in enumerate(sizes, start=1):
-        for image in range(size):
-            below = "front/" if image == 2 else ""
-            write_image(root / f"thing {number}" / f"{below}{image}.{'JPEG' if image == 1 else 'png'}", number, image)
-    (root / "README.txt").write_text("not an image")
-    (root / "thing 1" / "notes.txt").write_text("not an image")
-    return root
+@pytest.fixture(scope="session")
+def ranks() -> Iterator["Ranks"]:
+    """Processes for gloo ranks."""
+    from tests.support.ranks import Ranks
+
+    started = Ranks()
+    yield started
+    started.close()

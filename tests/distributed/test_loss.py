@@ -1,5 +1,7 @@
 """The partitioned, sampled loss and its updates against the one-process dense answer."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,10 @@ from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.proxies.sampling import sample_rows
 from nsl_dist.proxies.table import Table
-from tests.distributed.workers import run
+from tests.support.ranks import Ranks
 
 DIM, BATCH, TEMPERATURE = 16, 24, 0.05
-CASES = [
+CASES: list[tuple[int, float, int, dict[str, Any]]] = [
     (num_classes, sample_rate, step, {})
     for num_classes in (97, 48, 3)  # 3: more workers than classes leaves empty partitions
     for sample_rate in (1.0, 0.1)
@@ -78,7 +80,7 @@ def dense_loss(
     return ((logits + added).logsumexp(dim=1) - wanted).mean()
 
 
-def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: object) -> ProxyMatrix:
+def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any) -> ProxyMatrix:
     group = dist.group.WORLD if part.world_size > 1 else None
     matrix = ProxyMatrix(part, DIM, ProxyConfig(temperature=TEMPERATURE, **options), group=group)
     matrix.start_optimizer(momentum=momentum, weight_decay=weight_decay, step=0)
@@ -110,6 +112,9 @@ def check_loss(rank: int, world_size: int) -> None:
         loss = matrix.loss(local, labels, step=step, lr=1.0)
         loss.backward()
         assert relative_error(loss.detach(), exact.detach()) < 1e-5
+        assert local.grad is not None
+        assert dense_embeddings.grad is not None
+        assert dense_proxies.grad is not None
         # The gradient of a worker's embeddings is scaled for DDP, which averages over workers.
         assert relative_error(local.grad / world_size, dense_embeddings.grad[mine]) < 1e-5
         exact_grad = dense_proxies.grad[part.start : part.stop]
@@ -120,8 +125,8 @@ def check_loss(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_partitioned_loss_equals_dense(world_size: int) -> None:
-    run(check_loss, world_size)
+def test_partitioned_loss_equals_dense(ranks: Ranks, world_size: int) -> None:
+    ranks.run(check_loss, world_size)
 
 
 def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
@@ -159,8 +164,8 @@ def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sampled_training_follows_dense_sgd(world_size: int) -> None:
-    run(check_trajectory, world_size, 400)
+def test_sampled_training_follows_dense_sgd(ranks: Ranks, world_size: int) -> None:
+    ranks.run(check_trajectory, world_size, 400)
 
 
 def check_a_rank_without_images(rank: int, world_size: int) -> None:
@@ -179,11 +184,12 @@ def check_a_rank_without_images(rank: int, world_size: int) -> None:
     velocity = matrix.complete(step=1)["velocity"]
     assert velocity.shape == (3 if rank < 3 else 0, DIM)
     if rank < 3:
+        assert dense.grad is not None
         assert relative_error(velocity, dense.grad[part.start : part.stop]) < 1e-5
 
 
-def test_ranks_without_images_and_without_classes() -> None:
-    run(check_a_rank_without_images, 4)
+def test_ranks_without_images_and_without_classes(ranks: Ranks) -> None:
+    ranks.run(check_a_rank_without_images, 4)
 
 
 def check_nan(rank: int, world_size: int) -> None:
@@ -201,5 +207,5 @@ def check_nan(rank: int, world_size: int) -> None:
     assert torch.equal(matrix.weight.values, before)
 
 
-def test_nan_embeddings_are_named_by_every_worker() -> None:
-    run(check_nan, 3)
+def test_nan_embeddings_are_named_by_every_worker(ranks: Ranks) -> None:
+    ranks.run(check_nan, 3)

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import ray
 
-from tests.conftest import job, write_sop
+from tests.support.processes import job
 
 
 @pytest.mark.slow
-def test_a_study_trains_each_setting_once(tmp_path: Path, monkeypatch, capsys) -> None:
-    ray.shutdown()  # that of other tests, which has not room for two trainings
-    root = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8})
+@pytest.mark.own_process  # the Ray of the other tests has no room for two trainings
+def test_a_study_trains_each_setting_once(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = [
-        "layer-norm", "--seeds", "0", f"--data.root={root}", f"--storage={tmp_path}", "--run-name=study",
+        "layer-norm", "--seeds", "0", f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=study",
         "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.image-size=32", "--data.batch-size=20",
         "--optim.epochs=2", "--tracking.every=2", "--eval.no-nmi",
     ]  # fmt: skip

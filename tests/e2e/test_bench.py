@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_sop
-
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import JOBS
 
 
 def bench(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "bench" / f"{job}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    command = [sys.executable, str(JOBS / "bench" / f"{job}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
 
 
+@pytest.mark.slow
 def test_bench_proxies() -> None:
     grid = ["--classes", "3000", "--dim", "32", "--num-sampled", "200", "--batch", "16", "--workers", "1", "2"]
     result = bench("proxies", *grid, "--turns", "1", "--json")
@@ -48,6 +47,7 @@ def test_bad_grids_are_refused() -> None:
     assert "--warm-up 5 leaves nothing of --steps 5" in result.stderr
 
 
+@pytest.mark.slow
 def test_bench_search() -> None:
     grid = ["--num-vectors", "600", "--num-queries", "100", "--dim", "16", "--k", "10", "--pml-queries", "50"]
     result = bench("search", *grid, "--turns", "1", "--json")
@@ -63,10 +63,10 @@ def test_bench_search() -> None:
 
 
 @pytest.mark.slow
-def test_bench_train(tmp_path: Path) -> None:
-    root, storage = write_sop(tmp_path / "raw", {"train": [7] * 20, "test": [5] * 8}), tmp_path / "storage"
+def test_bench_train(raw: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
     flags = [
-        f"--data.root={root}", f"--storage={storage}", "--data.image-size=32", "--model.backbone=timm/test_resnet",
+        f"--data.root={raw}", f"--storage={storage}", "--data.image-size=32", "--model.backbone=timm/test_resnet",
         "--model.dim=16", "--data.batch-size=20", "--proxies.sample-rate=1", "--tracking.every=2", "--device=cpu",
     ]  # fmt: skip
     parts = ["--parts", "stages", "training", "--workers", "1"]

@@ -11,10 +11,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import ray
@@ -30,56 +32,66 @@ from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
 from nsl_dist.retrieval import sharded_search as search
 from nsl_dist.retrieval.gallery_shard import GalleryShard
-from tests.conftest import write_sop
-from tests.e2e.local_cluster import (
+from tests.support.local_cluster import LocalCluster
+from tests.support.processes import (
     BIN,
+    PATIENCE,
     ROOT,
-    LocalCluster,
     free_ports,
+    listening_addresses,
     listens,
     run,
-    started_local,
     user_environment,
     wait_until,
 )
-from tests.e2e.test_search import DIM, NUM, brute_force, tied, write
+from tests.support.trained_run import SMALL
+from tests.support.vectors import DIM, NUM, brute_force, tied, write
 
 SSHD = shutil.which("sshd") or shutil.which("/usr/sbin/sshd")
-SMALL = "--data.image-size=16 --model.dim=16 --tracking.every=2"
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sop(tmp_path_factory.mktemp("raw"), {"train": [7] * 20, "test": [5] * 8})
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_busy_cluster_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_busy_cluster_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "ROOM_SECONDS", 0.5)
     cpus, _ = cluster.totals()
 
     @ray.remote(num_cpus=cpus)
-    def busy(seconds: float) -> None:
-        time.sleep(seconds)
+    def busy(until: Path) -> None:
+        while not until.exists():
+            time.sleep(0.1)
 
-    def started(seconds: float) -> ray.ObjectRef:
-        reference = busy.remote(seconds)
-        wait_until(lambda: not ray.available_resources().get("CPU"), seconds=30, why=lambda: "it does not begin")
-        return reference
-
+    running = busy.remote(tmp_path / "done")
+    wait_until(lambda: not ray.available_resources().get("CPU"), why=lambda: "it does not begin")
     everything = {"training": (cpus, {"CPU": 1.0})}
-    reference = started(60)
     with pytest.raises(ValueError, match=rf"without room for {cpus} x training \(1 CPU\), after 0.05 min .* add nodes"):
         cluster.wait_for(everything, minutes=0.05, fix="add nodes")
-    ray.cancel(reference, force=True)
-    wait_until(lambda: ray.available_resources().get("CPU") == cpus, seconds=30, why=lambda: "it does not end")
-    running = started(4)
-    cluster.wait_for(everything, minutes=1, fix="add nodes")
-    assert ray.get(running, timeout=0.1) is None  # not before it had ended
-    assert re.search(r"nodes are there after \d+ s: \d+ CPUs and 0 GPUs on 1 node\n", capsys.readouterr().out)
+    capsys.readouterr()
+    printed: list[str] = []
+
+    def waits() -> bool:
+        printed.append(capsys.readouterr().out)
+        return "waiting  up to 30 min for nodes" in "".join(printed)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cluster.wait_for, everything, minutes=30, fix="add nodes")
+        try:
+            wait_until(waits, why=lambda: "".join(printed))
+            assert not waiting.done()
+        finally:
+            (tmp_path / "done").touch()
+        waiting.result(PATIENCE)
+    ray.get(running)
+    said = capsys.readouterr().out
+    assert re.search(r"nodes are there after \d+ s: \d+ CPUs and 0 GPUs on 1 node\n", said), said
 
 
+@pytest.mark.slow
+@pytest.mark.own_process
 def test_notice_of_the_spot_market_drains_the_node() -> None:
-    noticed, asked = threading.Event(), threading.Event()
+    noticed = threading.Event()
+    asked: list[str] = []
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         """What both clouds tell their machines."""
@@ -90,7 +102,7 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
             self._answer(200, b"let me in")
 
         def do_GET(self) -> None:
-            asked.set()
+            asked.append(self.path)
             if self.path == "/latest/meta-data/spot/instance-action":
                 assert self.headers["X-aws-ec2-metadata-token"] == "let me in"
                 self._answer(200 if noticed.is_set() else 404, b'{"action": "terminate"}' if noticed.is_set() else b"")
@@ -107,10 +119,9 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
 
     @ray.remote
     def work() -> None:
-        time.sleep(120)  # an idle node would leave at once
+        time.sleep(3600)  # an idle node would leave at once
 
     draining = ray._private.state.state.get_draining_nodes
-    ray.shutdown()  # that of other tests, which go on
     ray.init(address="local", num_cpus=1)
     working = work.remote()
     server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
@@ -127,31 +138,34 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
             asked.clear()
             watch = subprocess.Popen([ROOT / "cluster" / "spot_notice.sh", cloud], env=environment)
             try:
-                assert asked.wait(20)
-                time.sleep(3)  # it has asked once more
+                wait_until(lambda: len(asked) > 1, why=lambda: "it does not ask")
                 assert watch.poll() is None
                 assert draining() == before
+                noticed_at = time.time()
                 noticed.set()
-                assert watch.wait(60) == 0
+                assert watch.wait(PATIENCE) == 0
             finally:
                 watch.kill()
-            left = draining()[ray.get_runtime_context().get_node_id()] / 1000 - time.time()
-            assert seconds_left - 20 < left <= seconds_left
+            deadline = draining()[ray.get_runtime_context().get_node_id()] / 1000
+            assert noticed_at <= deadline - seconds_left <= time.time()
     finally:
         server.shutdown()
         ray.cancel(working, force=True)
         ray.shutdown()
 
 
-def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tmp_path: Path, monkeypatch) -> None:
-    ray.shutdown()  # that of other tests
+@pytest.mark.slow
+@pytest.mark.own_process
+def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stream, "BLOCK_BYTES", 1)  # a task for each batch
     dashboard, agent = free_ports(2)
     nodes = Cluster()
     nodes.add_node(num_cpus=0, include_dashboard=True, dashboard_port=dashboard, dashboard_agent_listen_port=agent)
     kinds = {
-        nodes.add_node(num_cpus=4, num_gpus=2).node_id: "gpu",
-        (data_node := nodes.add_node(num_cpus=5).node_id): "data",  # room for more than the 8 tasks
+        nodes.add_node(num_cpus=2, num_gpus=2).node_id: "gpu",
+        (data_node := nodes.add_node(num_cpus=4).node_id): "data",  # room for more than the 3 tasks
     }
     ray.init(address=nodes.address)
     try:
@@ -160,37 +174,39 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(raw: Path, tm
         plan = ClassBalancedPlan(split.sizes, config.batch_size, config.images_per_class, 0)
 
         def decode_somewhere(*, tasks_in_all: int) -> Counter[str]:
-            (batches,) = planned_batches(plan, split, config, first_step=0, last_step=8, world_size=1)
-            assert sum(len(batch["image"]) for batch in batches.iter_batches(batch_size=20)) == 160
+            (batches,) = planned_batches(plan, split, config, first_step=0, last_step=3, world_size=1)
+            assert sum(len(batch["image"]) for batch in batches.iter_batches(batch_size=20)) == 60
             decoding: list[Any] = [("name", "=", "MapBatches(make_block)"), ("state", "=", "FINISHED")]
 
             def tasks() -> list[Any]:
                 return list_tasks(address=f"http://127.0.0.1:{dashboard}", filters=decoding, detail=True)
 
-            wait_until(lambda: len(tasks()) == tasks_in_all, seconds=20, why=lambda: str(tasks()))
+            wait_until(lambda: len(tasks()) == tasks_in_all, why=lambda: str(tasks()))
             return Counter(kinds[task.node_id] for task in tasks())
 
-        assert decode_somewhere(tasks_in_all=8) == {"data": 8}
+        assert decode_somewhere(tasks_in_all=3) == {"data": 3}
 
-        @ray.remote(num_cpus=5, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
+        @ray.remote(num_cpus=4, scheduling_strategy=NodeAffinitySchedulingStrategy(data_node, soft=False))
         def other_work() -> None:
-            time.sleep(120)
+            time.sleep(3600)
 
         working = other_work.remote()
-        wait_until(lambda: ray.available_resources()["CPU"] == 4, seconds=30, why=lambda: "the other work")
-        assert decode_somewhere(tasks_in_all=16) == {"data": 8, "gpu": 8}
+        wait_until(lambda: ray.available_resources()["CPU"] == 2, why=lambda: "the other work")
+        assert decode_somewhere(tasks_in_all=6) == {"data": 3, "gpu": 3}
         ray.cancel(working, force=True)
     finally:
         ray.shutdown()
         nodes.shutdown()
 
 
-def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monkeypatch) -> None:
-    ray.shutdown()  # that of other tests
+@pytest.mark.slow
+@pytest.mark.own_process
+def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = Cluster()
     nodes.add_node(num_cpus=0)
     workers = [nodes.add_node(num_cpus=1) for _ in range(2)]
-    start_shards, num_shards = search._start_shards, []
+    start_shards = search._start_shards
+    num_shards: list[int] = []
 
     def place_of(_: GalleryShard) -> tuple[str, int]:
         return ray.get_runtime_context().get_node_id(), os.getpid()
@@ -202,13 +218,13 @@ def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monke
             assert process_on.keys() == {worker.node_id for worker in workers}
             nodes.remove_node(workers[0], allow_graceful=False)
             os.kill(process_on[workers[0].node_id], signal.SIGKILL)
-            wait_until(lambda: len(cluster.live_nodes()) == 2, seconds=60, why=lambda: str(ray.nodes()))
+            wait_until(lambda: len(cluster.live_nodes()) == 2, why=lambda: str(ray.nodes()))
         num_shards.append(len(started[0]))
         return started
 
     monkeypatch.setattr(search, "_start_shards", lose_a_node)
     ray.init(address=nodes.address)
-    wait_until(lambda: ray.available_resources().get("CPU") == 2, seconds=30, why=lambda: "the nodes")
+    wait_until(lambda: ray.available_resources().get("CPU") == 2, why=lambda: "the nodes")
     try:
         vectors = tied(NUM, DIM, np.random.default_rng(0))
         embeddings = write(tmp_path, vectors)
@@ -233,9 +249,10 @@ class SSHMachine:
 def ssh_machine(tmp_path: Path) -> Iterator[SSHMachine]:
     if SSHD is None or shutil.which("rsync") is None:
         pytest.skip("no OpenSSH server or rsync: install openssh-server and rsync")
-    ray.shutdown()  # that of other tests
-    if subprocess.run(["pgrep", "-x", "raylet"], capture_output=True).returncode == 0:
-        pytest.skip("another Ray runs on this machine, which `ray down` would end too")
+    # Of processes, so that `ray stop` over SSH does not end those of other tests, nor a developer's.
+    namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no right to make a namespace of processes, without which `ray down` would end every Ray here")
     (port,) = free_ports(1)
     remote, user, shims = (tmp_path / name for name in ("remote", "user", "shims"))
     for each in (remote, user, shims):
@@ -254,17 +271,19 @@ def ssh_machine(tmp_path: Path) -> Iterator[SSHMachine]:
     (shims / "ssh").chmod(0o755)
     os.makedirs("/run/sshd", exist_ok=True)  # which Debian's makes at boot
     with (tmp_path / "sshd.log").open("w") as log:
-        server = subprocess.Popen([SSHD, "-D", "-e", "-f", tmp_path / "sshd_config"], stdout=log, stderr=log)
+        command = [*namespace, SSHD, "-D", "-e", "-f", str(tmp_path / "sshd_config")]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        wait_until(lambda: listens(port), seconds=20, why=(tmp_path / "sshd.log").read_text)
+        wait_until(lambda: listens(port), why=(tmp_path / "sshd.log").read_text)
         environment = user_environment(user)
         environment["PATH"] = f"{shims}:{environment['PATH']}"
         yield SSHMachine(environment | {"RAY_AUTH_MODE": "token"}, tmp_path / "key")
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(PATIENCE)
 
 
+@pytest.mark.slow
 def test_ray_up_submit_down(ssh_machine: SSHMachine, raw: Path, tmp_path: Path) -> None:
     dashboard, agent = free_ports(2)
     ray_command, environment = str(BIN / "ray"), ssh_machine.environment
@@ -274,32 +293,49 @@ def test_ray_up_submit_down(ssh_machine: SSHMachine, raw: Path, tmp_path: Path) 
         "USER": getpass.getuser(), "KEY": ssh_machine.key, "TOKEN": Path(environment["HOME"], ".ray", "auth_token"),
         "DASHBOARD": dashboard, "AGENT": agent,
     }  # fmt: skip
-    text = (ROOT / "tests" / "e2e" / "ssh_cluster.yaml").read_text()
+    text = (ROOT / "tests" / "support" / "ssh_cluster.yaml").read_text()
     file = tmp_path / "cluster.yaml"
     file.write_text(re.sub("|".join(words), lambda word: str(words[word[0]]), text))
     try:
         status, output = run([ray_command, "up", "--yes", "--no-config-cache", str(file)], environment)
         assert status == 0, output
-        wait_until(lambda: listens(dashboard) and listens(agent), seconds=60, why=lambda: output)
+        wait_until(lambda: listens(dashboard) and listens(agent), why=lambda: output)
         address = f"http://127.0.0.1:{dashboard}"
-        arguments = (
-            f"--data.root={raw} --storage={tmp_path} --run-name=ssh --data.batch-size=20 --optim.epochs=2 {SMALL}"
-        )
+        arguments = f"--data.root={raw} --storage={tmp_path} --run-name=ssh {' '.join(SMALL)}"
         status, output = run(["make", "submit", f"ADDRESS={address}", f"ARGS={arguments}"], environment)
         assert status == 0, output
         assert (tmp_path / "runs" / "ssh" / "results.json").exists()
     finally:
         status, output = run([ray_command, "down", "--yes", str(file)], environment)
     assert status == 0, output
-    wait_until(lambda: not listens(dashboard), seconds=30, why=lambda: output)
+    wait_until(lambda: not listens(dashboard), why=lambda: output)
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    with started_local(tmp_path_factory.mktemp("home")) as started:
-        yield started
+@pytest.mark.slow
+def test_a_job_gets_the_nodes_that_it_needs(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
+    """Submitted to a cluster without nodes, which start for it and leave again."""
+    wait_until(lambda: local.node_counts()[-1:] in ([], [0]), why=local.log.read_text)
+    flags = [f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=first", "--num-workers=2", *SMALL]
+    flags += ["--optim.epochs=1", "--eval.every=1"]
+    status, output = local.submit(" ".join(flags))
+    assert status == 0, output
+    for text in (
+        "cluster  0 CPUs and 0 GPUs on 1 node; "
+        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 2 x evaluation in mid-run (1 CPU)",
+        "step 7/7",
+        f"results: {tmp_path}/runs/first/results.json",
+    ):
+        assert text in output
+    wait_until(lambda: local.node_counts()[-1] == 0, why=local.log.read_text)
+    assert max(local.node_counts()) == 2
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert tracked.data.tags["mlflow.source.git.commit"] == commit
+    assert re.fullmatch(r"\d+ CPUs and 0 GPUs on \d+ nodes?", tracked.data.tags["cluster"])  # idle ones go meanwhile
 
 
+@pytest.mark.slow
 def test_a_job_that_no_node_has_room_for_is_refused(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
     status, output = local.submit(f"--data.root={raw} --storage={tmp_path} --num-workers=20 --data.batch-size=20")
     assert status != 0
@@ -309,6 +345,7 @@ def test_a_job_that_no_node_has_room_for_is_refused(local: LocalCluster, raw: Pa
     assert not (tmp_path / "shards").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_has_time_to_write_a_checkpoint(local: LocalCluster) -> None:
     """Ray kills it after 3 seconds, where it is not told otherwise."""
     job = (
@@ -321,13 +358,14 @@ def test_a_job_that_is_stopped_has_time_to_write_a_checkpoint(local: LocalCluste
         "time.sleep(480)\n"
     )
     with local.submitted("stopped", ["python", "-c", job]) as log:
-        wait_until(lambda: "\nit runs" in log.read_text(), seconds=120, why=log.read_text)
+        wait_until(lambda: "\nit runs" in log.read_text(), why=log.read_text)
         status, output = local.ray("job", "stop", "stopped")
     assert (status, "was stopped" in output) == (0, True), output
     _, output = local.ray("job", "logs", "stopped")
     assert "\nleft in order" in output, output
 
 
+@pytest.mark.slow
 def test_a_submission_without_the_token_is_refused(local: LocalCluster) -> None:
     submit = [str(BIN / "ray"), "job", "submit", "--address", local.address, "--", "python", "-c", "print(6 * 7)"]
     for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}):
@@ -339,29 +377,9 @@ def test_a_submission_without_the_token_is_refused(local: LocalCluster) -> None:
     assert (status, "42" in output) == (0, True), output
 
 
+@pytest.mark.slow
 def test_a_cluster_without_jobs_listens_on_loopback_alone(local: LocalCluster) -> None:
     addresses = listening_addresses(of_session_below=local.process.pid)
     assert len(addresses) > 5
     loopback = re.compile(r"(0{16}FFFF0000)?[0-9A-F]{6}7F:|0{24}01000000:")  # 127.0.0.0/8, also as IPv6, and ::1
     assert not [address for address in addresses if not loopback.match(address)], addresses
-
-
-def listening_addresses(*, of_session_below: int) -> set[str]:
-    """Return addresses and ports, as the kernel writes them, on which the sessions of a process's children listen."""
-    stats = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        stats[int(path.parent.name)] = (int(fields[1]), int(fields[3]))  # parent, session
-    sessions = {session for parent, session in stats.values() if parent == of_session_below}
-    inodes = set()
-    for process in (process for process, (_, session) in stats.items() if session in sessions):
-        for link in Path(f"/proc/{process}/fd").glob("*"):
-            try:
-                inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
-            except OSError:  # it was closed
-                continue
-    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
-    return {line[1] for line in lines if line[3] == "0A" and line[9] in inodes}

@@ -12,16 +12,16 @@ from nsl_dist.config import DataConfig
 from nsl_dist.data import synthetic
 from nsl_dist.data.layouts import read_records
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import load_manifest, open_data, prepare, records_digest
+from nsl_dist.data.shards import Manifest, load_manifest, open_data, prepare, records_digest
 from nsl_dist.data.stream import fetch, planned_batches
 from nsl_dist.data.transforms import augment
-from tests.conftest import write_sop
+from tests.support.images import write_sop
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SIZES = {"train": [3, 9, 2, 5, 4, 6, 1, 7, 3, 5, 8, 2], "test": [2, 1, 4]}
 
 
-def shard(root: Path, out: Path, max_undecodable: float = 0.0):
+def shard(root: Path, out: Path, max_undecodable: float = 0.0) -> Manifest:
     records = read_records(str(root), layout="sop")
     return prepare(records, root=str(root), layout="sop", out=str(out), max_undecodable=max_undecodable)
 
@@ -37,7 +37,7 @@ def test_shards_hold_every_image_once(tmp_path: Path) -> None:
     for name in ("train", "test"):
         split = manifest.split(name)
         assert sorted(split.sizes) == sorted(SIZES[name])
-        found = {}
+        found: dict[int, bytes] = {}
         for label in range(split.num_classes):
             bag = split.read_bag(label, ["image_id", "class_id", "image"]).to_pylist()
             assert len(bag) == split.sizes[label]

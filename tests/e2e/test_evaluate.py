@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from nsl_dist.retrieval.faiss_index import check_index
 from nsl_dist.retrieval.results import EvaluationResults
 from nsl_dist.retrieval.vector_files import load_index
 from nsl_dist.run import MODEL_FILE, find_checkpoint
-from tests.conftest import job, write_cars196, write_cub200, write_folders, write_inshop
-from tests.e2e.browser import opened_browser, prefer, resize
+from tests.support.browser import prefer, resize
+from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop
+from tests.support.processes import job
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 SMALL = [
     "--recipe=laptop", "--optim.epochs=1", "--data.image-size=16", "--model.dim=16", "--data.batch-size=8",
     "--data.images-per-class=2", "--model.batch-norm=frozen",
@@ -40,37 +41,66 @@ def inshop(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("storage")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cars196(tmp_path_factory.mktemp("raw"), [4] * 5 + [3, 3, 2, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def shards(root: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """Made by the job that makes them."""
+    shards = tmp_path_factory.mktemp("shards") / "cars196"
+    with pytest.MonkeyPatch.context() as patched:
+        job(patched, "prepare_shards", f"--root={root}", f"--out={shards}", "--layout=cars196")
+    return shards
+
+
+@pytest.fixture(scope="module")
+def storage(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a training on the shards."""
+    storage = tmp_path_factory.mktemp("storage")
+    with pytest.MonkeyPatch.context() as patched:
+        # Before MLflow sets it: what is there afterwards would stay for the tests to come.
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
+        job(patched, "train_cars196", f"--data.root={shards}", f"--storage={storage}", "--run-name=cars196", *SMALL)
+    return storage
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return write_cars196(tmp_path / "raw", [4] * 5 + [3, 3, 2, 1, 2])
+def config(storage: Path) -> Iterator[EvaluateConfig]:
+    """An evaluation of the newest checkpoint, of which nothing is left for the next test."""
+    checkpoint = find_checkpoint(str(storage / "runs" / "cars196"))
+    yield EvaluateConfig(checkpoint=checkpoint, storage=str(storage), eval=EvalConfig(nmi=False))
+    shutil.rmtree(storage / "evaluations", ignore_errors=True)
 
 
 def results_of_evaluation(storage: Path) -> dict[str, Any]:
-    """Return those of the only one there, and delete it."""
+    """Return those of the only one there."""
     (results,) = (storage / "evaluations").glob("*/results.json")
-    content = json.loads(results.read_text())
+    content: dict[str, Any] = json.loads(results.read_text())
     assert "<h2" in results.with_name("report.html").read_text()
-    shutil.rmtree(storage / "evaluations")
     return content
 
 
 @pytest.mark.parametrize("layout", ["inshop", "cub200", "cars196"])
-def test_the_job_of_each_data_set_asks_for_its_folder(layout: str, monkeypatch, capsys) -> None:
+def test_the_job_of_each_data_set_asks_for_its_folder(
+    layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         job(monkeypatch, f"train_{layout}")
     assert ended.value.code == 2
     assert f"error: give the folder of the data set (layout {layout})" in capsys.readouterr().err
 
 
-def test_prepare_train_evaluate(root: Path, storage: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    shards, run_dir = tmp_path / "shards", storage / "runs" / "cars196"
-    job(monkeypatch, "prepare_shards", f"--root={root}", f"--out={shards}", "--layout=cars196")
+def test_prepare_train_evaluate(
+    config: EvaluateConfig,
+    root: Path,
+    shards: Path,
+    storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = storage / "runs" / "cars196"
     assert load_manifest(str(shards)).layout == "cars196"
-    job(monkeypatch, "train_cars196", f"--data.root={shards}", f"--storage={storage}", "--run-name=cars196", *SMALL)
     trained = json.loads((run_dir / "results.json").read_text())
 
     raw = [f"--checkpoint={run_dir}", f"--data.root={root}", "--layout=cars196"]
@@ -125,12 +155,6 @@ def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) 
         assert [kind == "same class" for kind, _ in neighbours] == matches[query, :8].tolist()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with opened_browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_fits_desks_and_phones_by_day_and_by_night(
@@ -161,7 +185,15 @@ def test_the_report_fits_desks_and_phones_by_day_and_by_night(
         ("cub200", lambda root: write_cub200(root, [4] * 5 + [3, 3, 2, 1, 2]), ["1", "2", "4", "8"]),
     ],
 )
-def test_other_layouts_are_evaluated(layout: str, write, ks, config, storage, tmp_path, monkeypatch) -> None:
+def test_other_layouts_are_evaluated(
+    layout: str,
+    write: Callable[[Path], Path],
+    ks: list[str],
+    config: EvaluateConfig,
+    storage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     raw = [f"--data.root={write(tmp_path / 'raw')}", f"--layout={layout}", "--data.unrelated"]
     job(monkeypatch, "evaluate", f"--checkpoint={config.checkpoint}", f"--storage={storage}", *raw, "--eval.no-nmi")
     results = results_of_evaluation(storage)
@@ -175,30 +207,22 @@ def test_other_layouts_are_evaluated(layout: str, write, ks, config, storage, tm
         assert results["recall"]["binary"][ks[-1]] <= 10 / 11
 
 
-@pytest.fixture
-def config(storage: Path) -> EvaluateConfig:
-    """An evaluation of the checkpoint that `test_prepare_train_evaluate` left."""
-    checkpoint = find_checkpoint(str(storage / "runs" / "cars196"))
-    return EvaluateConfig(checkpoint=checkpoint, storage=str(storage), eval=EvalConfig(nmi=False))
-
-
 def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path: Path) -> None:
     other = EvaluateDataConfig(root=str(write_folders(tmp_path, [2, 2, 3, 2])))
-    num_prepared = len(list((Path(config.storage) / "shards").iterdir()))
+    prepared = set(Path(config.storage).glob("shards/*"))
     with pytest.raises(ValueError, match=r"trained on data of digest .* test classes may have been trained on"):
         run(dataclasses.replace(config, data=other))
-    assert len(list((Path(config.storage) / "shards").iterdir())) == num_prepared  # refused before it was sharded
+    assert set(Path(config.storage).glob("shards/*")) == prepared  # refused before it was sharded
     results = run(dataclasses.replace(config, data=dataclasses.replace(other, unrelated=True)))
     assert (results.num_queries, list(results.recall["float"])) == (5, [1, 10, 100])
     assert results.recall["float"][100] == 1
 
 
-def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, root: Path, storage: Path, tmp_path: Path) -> None:
+def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, shards: Path, tmp_path: Path) -> None:
     settings = config_from_dict(
         json.loads((Path(config.checkpoint) / "run.json").read_text())["config"], location="run.json"
     )
     weights = (Path(config.checkpoint) / MODEL_FILE).read_bytes()
-    (shards,) = (each.parent for each in (storage / "shards").glob("*/manifest.json") if "cars196" in each.read_text())
     manifest, out = load_manifest(str(shards)), tmp_path / "embeddings"
     first = embed(weights, settings, manifest, out=str(out), num_gpus=0)["test"]
     (out / "embeddings.json").unlink()
@@ -251,13 +275,18 @@ def test_an_approximate_index_says_what_it_finds(config: EvaluateConfig, root: P
     index = EvalConfig(index="HNSW8", index_parameters="efSearch=64", nmi=False)
     results = run(dataclasses.replace(config, data=EvaluateDataConfig(root=str(root)), eval=index))
     exact = run(dataclasses.replace(config, data=EvaluateDataConfig(root=str(root))))
+    assert results.index is not None
     assert results.index.recall_of_exact[1] > 0.9
     assert results.recall["binary"] == exact.recall["binary"]
     assert abs(results.recall["float"][1] - exact.recall["float"][1]) <= 1 / 11
 
 
 def test_results_or_report_that_cannot_be_written(
-    config: EvaluateConfig, root: Path, tmp_path: Path, monkeypatch, capsys
+    config: EvaluateConfig,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Without results its run in MLflow has failed; without a report it is finished."""
     client = mlflow.MlflowClient(f"sqlite:///{config.storage}/mlflow.db")

@@ -4,15 +4,10 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from multiprocessing.managers import BaseManager
 from pathlib import Path
@@ -20,7 +15,6 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 from chaos import Driver, Nodes, compare
@@ -37,10 +31,11 @@ from nsl_dist.training.checkpoint import Checkpointer
 from nsl_dist.training.fit import drop_damaged_record
 from nsl_dist.training.step import TrainingStep
 from nsl_dist.training.train import as_started, begin, refuse_to_change, train
-from tests.conftest import write_sop
-from tests.distributed.test_step import write
-from tests.distributed.workers import run
-from tests.e2e.local_cluster import wait_until
+from tests.support.checkpoints import write_step
+from tests.support.images import write_sop
+from tests.support.mlflow_server import start_mlflow, stop_mlflow
+from tests.support.processes import PATIENCE, listens
+from tests.support.ranks import Ranks
 
 
 class NodesManager(BaseManager):
@@ -77,13 +72,12 @@ def undisturbed(rank: int, world_size: int, shards: str, run_dir: str) -> None:
         training.run(images, plan.batch(step).labels, step=step)
     training.proxies.complete(step=step + 1)
     undisturbed_run = RunFolder(str(Path(run_dir).with_name("undisturbed")))
-    write(training, Path(undisturbed_run.checkpoint(step + 1)), step=step + 1)
+    write_step(training, Path(undisturbed_run.checkpoint(step + 1)), step=step + 1)
 
 
 @contextlib.contextmanager
 def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> Iterator[tuple[Nodes, Driver]]:
     """Nodes, and a training on them in a process of its own."""
-    ray.shutdown()  # that of other tests
     root = write_sop(tmp_path / "raw", SIZES)
     small = [
         "--max-failures=-1", "--tracking.every=5", "--data.batch-size=12", "--data.images-per-class=2",
@@ -102,7 +96,7 @@ def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_kills_leave_no_trace(tmp_path: Path) -> None:
+def test_kills_leave_no_trace(tmp_path: Path, ranks: Ranks) -> None:
     """A worker, a node and the head are killed, storage fails, the driver is stopped; the run ends as if not."""
     flags = ["--num-workers=2", "--checkpoint.every=10", "--optim.epochs=10", "--proxies.sample-rate=0.5"]
     with started(2, tmp_path, "disturbed", flags) as (nodes, driver):
@@ -123,12 +117,12 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
         driver.wait_for_attempt(4)
         driver.wait_for_step(75)
         driver.process.terminate()
-        assert driver.process.wait(120) == 143, driver.output
+        assert driver.process.wait(PATIENCE) == 143, driver.output
         stopped_at = driver.step
         nodes.kill_all()
         nodes.start()
         driver.start(nodes.address())
-        assert driver.process.wait(600) == 0, driver.output
+        assert driver.process.wait(900) == 0, driver.output
 
     first, after_worker, after_node, after_storage, after_stop = driver.attempts
     assert first == 1
@@ -138,7 +132,7 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
     assert after_stop >= stopped_at  # it had left with a checkpoint
     assert "SIGTERM: the workers write a checkpoint and leave" in driver.output
     (shards,) = (tmp_path / "shards").iterdir()
-    run(undisturbed, 2, str(shards), str(tmp_path / "runs" / "disturbed"))
+    ranks.run(undisturbed, 2, str(shards), str(tmp_path / "runs" / "disturbed"))
     assert compare(str(tmp_path / "runs" / "disturbed"), str(tmp_path / "runs" / "undisturbed")) == 0
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -165,7 +159,7 @@ def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
         driver.wait_for_step(driver.attempts[2] + 20)
         stopped_at = driver.step
         driver.process.terminate()
-        assert driver.process.wait(120) == 143, driver.output
+        assert driver.process.wait(PATIENCE) == 143, driver.output
     workers = re.findall(r"training (?:continues )?on (\d) worker", driver.output)
     assert workers == ["2", "1", "2"]
     _, after_notice, after_growth = driver.attempts
@@ -176,6 +170,7 @@ def test_nodes_that_come_and_go_resize_an_elastic_run(tmp_path: Path) -> None:
     assert newest[1] >= stopped_at
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_lasting_errors_end_the_run_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A damaged shard does; with the flag the run starts again without its classes, up to a loss that is nan."""
@@ -276,7 +271,7 @@ def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
     """A folder that cannot be made, until it can: the checkpoint is written, the one before is still there."""
     config, folder = TrainConfig(data=DataConfig(image_size=32)), RunFolder(str(tmp_path / "runs"))
     training = TrainingStep(config, num_classes=7, schedule=Schedule(config.optim, 3), device=torch.device("cpu"))
-    write(training, Path(folder.checkpoint(1)), step=1)
+    write_step(training, Path(folder.checkpoint(1)), step=1)
     blocked = Path(folder.checkpoint(2))
     blocked.write_text("in the way")
     failures: list[OSError] = []
@@ -287,54 +282,31 @@ def test_storage_that_fails_for_a_while(tmp_path: Path) -> None:
     while not failures:
         time.sleep(0.05)
     blocked.unlink()
-    writing.join(30)
+    writing.join(PATIENCE)
     assert not writing.is_alive()
     assert folder.newest_checkpoint() == (str(blocked), 2)
 
 
+@pytest.mark.slow
 def test_mlflow_that_is_away_for_a_while(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is logged while the server is down is there once it is up again, even if the run ended in between."""
-
-    def is_free(port: int) -> bool:
-        with socket.socket() as candidate:
-            return candidate.connect_ex(("127.0.0.1", port)) != 0
-
     # Below those that the system gives to others while the server is down.
-    port = next(port for port in range(20_000, 32_000) if is_free(port))
+    port = next(port for port in range(20_000, 32_000) if not listens(port))
+    store = f"sqlite:///{tmp_path}/server.db"
 
-    def serve() -> "subprocess.Popen[bytes]":
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "art"),
-        ]  # fmt: skip
-        with (tmp_path / "server.log").open("a") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-        def answers() -> bool:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
-                return True
-            return False
-
-        wait_until(answers, seconds=120, why=(tmp_path / "server.log").read_text)
-        return server
-
-    def stop(server: "subprocess.Popen[bytes]") -> None:
-        os.killpg(server.pid, 9)
-        server.wait()
-
-    server = serve()
+    server = start_mlflow(store, port=port, folder=tmp_path)
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         tracker = Tracker(None, storage_root=str(tmp_path))
         data = Manifest("/data", "sop", source="/raw", digest="d", splits={}, undecodable=[], shards=[])
         tracker.start(TrainConfig(run_name="away"), data, cluster="1 node", git_commit=None)
         tracker.log({"loss": 3.0}, step=1)
-        stop(server)
+        stop_mlflow(server)
         for step in (2, 3, 4):
             tracker.log({"loss": float(step)}, step=step)
-        server = serve()
+        server = start_mlflow(store, port=port, folder=tmp_path)
         tracker.log({"loss": 5.0}, step=5)
         tracker.wait()
         client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
@@ -344,7 +316,7 @@ def test_mlflow_that_is_away_for_a_while(
         assert "answers again and has all records" in said
         assert list((tmp_path / "unsent").iterdir()) == []
 
-        stop(server)
+        stop_mlflow(server)
         monkeypatch.setattr("nsl_dist.tracking.tracker.MLFLOW_PATIENCE", 0.0)
         tracker.log({"loss": 6.0}, step=6)
         tracker.log_file("results.json", "{}")
@@ -358,12 +330,12 @@ def test_mlflow_that_is_away_for_a_while(
         resumed.resume(tracker.run_id)  # by the driver that comes after
         for step in (6, 7):  # one of them once more
             resumed.log({"loss": float(step)}, step=step, once=True)
-        server = serve()
-        monkeypatch.setattr("nsl_dist.tracking.tracker.MLFLOW_PATIENCE", 60.0)
+        server = start_mlflow(store, port=port, folder=tmp_path)
+        monkeypatch.setattr("nsl_dist.tracking.tracker.MLFLOW_PATIENCE", PATIENCE)
         resumed.finish(status="FINISHED")
         assert not kept.exists()
         assert [metric.step for metric in client.get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4, 5, 6, 7]
         assert client.get_run(tracker.run_id).info.status == "FINISHED"
         assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["results.json"]
     finally:
-        stop(server)
+        stop_mlflow(server)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -24,10 +23,11 @@ from nsl_dist.model import build_model
 from nsl_dist.retrieval.vector_files import pack_codes
 from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE, CheckpointRecord
 from nsl_dist.tracking.tracker import Tracker
-from tests.conftest import job, write_folders
-from tests.e2e.local_cluster import BIN
+from tests.support.images import write_folders
+from tests.support.processes import BIN, job
 
 CONFIG = TrainConfig(model=ModelConfig(dim=20), data=DataConfig(image_size=32), run_name="mine")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("models")]
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,22 @@ def embedder(root: Path) -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def registered(root: Path) -> Iterator[str]:
-    """URI of the model in the registry; MLflow is told where that is."""
+def registry(root: Path) -> str:
+    """URI of MLflow's store, in which the model is registered as "shop"."""
+    uri = f"sqlite:///{root}/mlflow.db"
     with pytest.MonkeyPatch.context() as patched:
         # Before MLflow sets it: what is there afterwards would stay for the tests to come.
-        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        patched.setenv("MLFLOW_TRACKING_URI", uri)
         job(patched, "export", f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=shop")
-        mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-        yield "models:/shop/1"
+    return uri
+
+
+@pytest.fixture
+def registered(registry: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of the model in the registry; MLflow is told where that is."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    mlflow.set_tracking_uri(registry)
+    return "models:/shop/1"
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -111,14 +119,13 @@ def test_mlflow_predicts_from_its_command_line(
     encoded = [base64.b64encode(Path(path).read_bytes()).decode() for path in images[:2]]
     asked = tmp_path / "asked.json"
     asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[each] for each in encoded]}}))
-    command = [BIN / "mlflow", "models", "predict", "-m", registered, "-i", asked, "--env-manager", "local"]
-    done = subprocess.run([*command, "-o", tmp_path / "found.json"], cwd=tmp_path, capture_output=True, text=True)
+    command = [f"{BIN}/mlflow", "models", "predict", "-m", registered, "-i", str(asked), "--env-manager", "local"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "found.json")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["predictions"]
     np.testing.assert_allclose(found, embedder(images[:2]), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_registered_model_loads_with_its_own_requirements_alone(
     registered: str, embedder: Embedder, images: list[str], tmp_path: Path
 ) -> None:
@@ -141,8 +148,13 @@ def test_registered_model_loads_with_its_own_requirements_alone(
 
 
 def test_onnx_does_what_torch_does(
-    root: Path, embedder: Embedder, images: list[str], tmp_path: Path, monkeypatch, capsys
-):
+    root: Path,
+    embedder: Embedder,
+    images: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "new" / "model.onnx"
     job(monkeypatch, "export", f"--checkpoint={root}/runs/mine/best", f"--onnx={file}")
     assert "MiB; differs from torch by" in capsys.readouterr().out
@@ -153,7 +165,9 @@ def test_onnx_does_what_torch_does(
     np.testing.assert_allclose(found, embedder(images), atol=1e-5)
 
 
-def test_export_says_what_is_wrong(root: Path, monkeypatch, capsys) -> None:
+def test_export_says_what_is_wrong(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for flags, message in (
         ([f"--checkpoint={root}/runs/mine/best"], "nothing to do: give --register NAME, --onnx FILE or both"),
         ([f"--checkpoint={root}/runs/mine", "--onnx=x.onnx"], "embedder.json is missing: give a checkpoint"),

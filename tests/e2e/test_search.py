@@ -7,52 +7,13 @@ import faiss
 import numpy as np
 import pytest
 
-from nsl_dist.config import EvalConfig
+from nsl_dist.config import EvalConfig, Kind
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.metrics import join
 from nsl_dist.retrieval.sharded_search import judge_of, open_gallery, search
-from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes, write_file
+from tests.support.vectors import DIM, NUM, brute_force, close, tied, write
 
 pytestmark = pytest.mark.usefixtures("cluster")
-NUM, DIM = 700, 24
-
-
-def write(location: Path, vectors: np.ndarray, *, num_files: int = 3, split: str = "test") -> EmbeddingSet:
-    files = [f"{split}-{number:05d}.parquet" for number in range(num_files)]
-    parts = np.array_split(np.arange(len(vectors)), num_files)
-    for name, ids in zip(files, parts, strict=True):
-        write_file(str(location / name), split=split, ids=ids, labels=ids // 5, vectors=vectors[ids])
-    counts = tuple(map(len, parts))
-    return EmbeddingSet(location=str(location), split=split, dim=vectors.shape[1], files=tuple(files), counts=counts)
-
-
-def tied(num: int, dim: int, rng: np.random.Generator) -> np.ndarray:
-    """Unit vectors of few values, so that sums are exact and ties abound, with many duplicates."""
-    vectors = np.zeros((num, dim), dtype=np.float32)
-    for row in vectors:
-        row[rng.choice(dim, 4, replace=False)] = rng.choice([-0.5, 0.5], 4)
-    vectors[num // 3 : num // 2] = vectors[7]
-    return vectors
-
-
-def close(num: int, dim: int, rng: np.random.Generator) -> np.ndarray:
-    """Unit vectors so close to each other that float32 hardly tells their similarities apart, with duplicates."""
-    vectors = rng.normal(size=dim) + 1e-3 * rng.normal(size=(num, dim))
-    vectors[num // 3 : num // 2] = vectors[7]
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-def brute_force(queries: np.ndarray, gallery: np.ndarray, k: int, *, kind: str, own: bool) -> np.ndarray:
-    if kind == "binary":
-        distances = (pack_codes(queries)[:, None] ^ pack_codes(gallery)[None]).astype(np.uint8)
-        distances = np.unpackbits(distances, axis=2).sum(axis=2).astype(float)
-    else:
-        # Sum after sum in float64: the last bits, too, depend on nothing but the two vectors.
-        distances = -np.stack([np.einsum("gd,d->g", gallery.astype(float), query.astype(float)) for query in queries])
-    if own:
-        np.fill_diagonal(distances, np.inf)
-    found = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return np.where(np.isinf(np.take_along_axis(distances, found, axis=1)), -1, found)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 5])
@@ -63,7 +24,8 @@ def test_any_number_of_shards_and_blocks_gives_the_brute_force_answer(tmp_path: 
     with open_gallery(embeddings, ("float", "binary"), config, k=NUM - 1, num_gpus=0) as gallery:
         assert len(gallery.shards) == num_shards
         cases = ((1, 137), (400, 137), (30, NUM), (NUM - 1, NUM))
-        for kind, (k, block_size) in itertools.product(("float", "binary"), cases):
+        kinds: tuple[Kind, ...] = ("float", "binary")
+        for kind, (k, block_size) in itertools.product(kinds, cases):
             expected = brute_force(vectors, vectors, NUM - 1, kind=kind, own=True)
             blocks = [range(start, min(start + block_size, NUM)) for start in range(0, NUM, block_size)]
             found = np.concatenate(list(search(embeddings, gallery, kind, lambda _, ids: ids, k=k, blocks=blocks)))
@@ -83,7 +45,7 @@ def test_where_only_classes_count_metrics_are_those_of_the_brute_force_answer(tm
 
 
 @pytest.mark.parametrize("kind", ["float", "binary"])
-def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path, kind: str) -> None:
+def test_queries_beside_a_gallery_and_more_neighbours_than_it_has(tmp_path: Path, kind: Kind) -> None:
     vectors = tied(200, DIM, np.random.default_rng(2))
     queries = write(tmp_path, vectors[:60], num_files=1, split="query")
     gallery_set = write(tmp_path, vectors[60:], num_files=2, split="gallery")

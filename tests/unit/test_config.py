@@ -4,10 +4,11 @@ import re
 import pytest
 
 from nsl_dist.commandline import parse_train_config
+from nsl_dist.config import TrainConfig
 from nsl_dist.recipes import FIGURES, RECIPES
 
 
-def parse(*arguments: str):
+def parse(*arguments: str) -> TrainConfig:
     return parse_train_config(list(arguments), description="")
 
 

@@ -1,10 +1,11 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from nsl_dist.data.layouts import read_records, recognise
-from tests.conftest import write_cars196, write_cub200, write_folders, write_inshop, write_sop
+from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop, write_sop
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_empty_split(root: Path) -> None:
         read_records(str(root), layout="sop")
 
 
-def by_split(records) -> dict[str, dict[str, int]]:
+def by_split(records: pa.Table) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for row in records.to_pylist():
         classes = counts.setdefault(row["split"], {})

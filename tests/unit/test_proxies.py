@@ -50,13 +50,13 @@ def test_initial_proxies_are_uniform_and_independent() -> None:
     assert ((histogram - expected) ** 2 / expected).sum() < 63 + 5 * (2 * 63) ** 0.5  # chi-square, 63 degrees
     correlations = torch.corrcoef(rows.T) - torch.eye(63)
     assert correlations.abs().max() < 5.5 / 2000**0.5
-    assert torch.corrcoef(rows[:500])[~torch.eye(500, dtype=bool)].abs().max() < 5.5 / 63**0.5
+    assert torch.corrcoef(rows[:500])[~torch.eye(500, dtype=torch.bool)].abs().max() < 5.5 / 63**0.5
     assert not torch.equal(rows, uniform_rows(torch.arange(2000), 63, bound=0.5, seed=8))
 
 
 @pytest.mark.parametrize("placement", ["device", "disk"])
 def test_initial_proxies_do_not_depend_on_the_number_of_workers(placement: str, tmp_path: Path) -> None:
-    place = {"placement": placement, "directory": str(tmp_path), "seed": 7, "initial_bound": 0.5}
+    place: dict[str, Any] = {"placement": placement, "directory": str(tmp_path), "seed": 7, "initial_bound": 0.5}
     whole = Table(Partition(10_007), 4, seed=7, initial_bound=0.5).values
     for world_size in (1, 3):
         parts = [Table(Partition(10_007, rank, world_size), 4, **place) for rank in range(world_size)]
@@ -158,6 +158,7 @@ def test_correction_keeps_one_class_to_stand_for_the_rest() -> None:
     matrix = matrix_of(20, 4, num_sampled=1, correct_sampling=True)
     chunk = matrix._sample(np.array([3, 5, 3]), step=0).chunks[0]
     assert chunk.num_rows == 3
+    assert chunk.multiplicity_S is not None
     assert sorted(chunk.multiplicity_S.tolist()) == [1, 1, 18]
 
 
@@ -182,7 +183,10 @@ def test_loss_and_gradients_equal_torchs_cross_entropy(temperature: float, devic
     loss.backward()
     torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=0)
     # Without momentum, the velocity is the gradient.
+    assert isinstance(matrix.optimizer, DeferredSGD)
     for mine, exact in ((ours.grad, dense[0].grad), (matrix.optimizer.velocity.values, dense[1].grad)):
+        assert mine is not None
+        assert exact is not None
         torch.testing.assert_close(mine.cpu().double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
     torch.testing.assert_close(matrix.weight.values, before - matrix.optimizer.velocity.values)
 
@@ -207,6 +211,7 @@ def test_chunks_change_nothing(options: dict[str, Any], device: str, monkeypatch
                 assert (len(proxies.chunks) > 1) == (chunk_bytes == 1000)
             matrix.loss(embeddings, labels, step=step, lr=0.1).backward()
         state = matrix.complete(step=5)
+        assert embeddings.grad is not None
         results.append((embeddings.grad.cpu(), state["weight"].cpu(), state["velocity"].cpu()))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
@@ -427,7 +432,7 @@ def test_bfloat16_follows_float32(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_placement_changes_nothing(optimizer: str, dtype: str, device: str, tmp_path: Path) -> None:
-    options = {"optimizer": optimizer, "dtype": dtype, "num_sampled": 30, "device": device}
+    options: dict[str, Any] = {"optimizer": optimizer, "dtype": dtype, "num_sampled": 30, "device": device}
     expected = train(matrix_of(300, 12, **options), steps=30)
     for placement in ("host", "disk"):
         matrix = matrix_of(300, 12, placement=placement, directory=str(tmp_path), **options)
@@ -444,7 +449,9 @@ def test_host_rows_travel_and_come_ahead(options: dict[str, Any], monkeypatch: p
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest))
     matrix = matrix_of(300, 12, num_sampled=100, placement="host", **options)
-    for table in (matrix.weight, getattr(matrix.optimizer, "velocity", None) or matrix.optimizer.accumulator):
+    optimizer = matrix.optimizer
+    assert optimizer is not None
+    for table in (matrix.weight, optimizer.velocity if isinstance(optimizer, DeferredSGD) else optimizer.accumulator):
         table.device = torch.device("cpu:0")
         assert table.device != table.values.device
     matrix._background = ThreadPoolExecutor(1)

@@ -3,6 +3,8 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from nsl_dist.retrieval.findings import (
 )
 from nsl_dist.retrieval.report import render, table_of, write_report
 from nsl_dist.retrieval.results import EvaluationResults, IndexResults
-from tests.conftest import encode
+from tests.support.images import encode
 
 RESULTS = EvaluationResults(
     recall={"float": {1: 0.5, 10: 0.75}, "binary": {1: 0.25, 10: 0.625}},
@@ -230,10 +232,12 @@ def test_the_table_has_what_the_results_have() -> None:
     assert rows["of the exact 1 nearest found"] == ["95.00", "-", "-", "-"]
 
 
-def test_a_report_that_fails_is_told_in_a_line(monkeypatch, capsys, tmp_path) -> None:
+def test_a_report_that_fails_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     manifest = Manifest("here", "sop", "there", "0", {}, [], [])
-    arguments = {"name": "a run", "config": TrainConfig(), "manifest": manifest, "history": {}}
+    arguments: dict[str, Any] = {"name": "a run", "config": TrainConfig(), "manifest": manifest, "history": {}}
     monkeypatch.setattr(report, "gather", lambda *_, **__: findings())
     files = write_report(str(tmp_path / "folder"), RESULTS, **arguments)
     assert {name: (tmp_path / "folder" / name).read_text() for name in files} == files

@@ -32,7 +32,7 @@ def test_a_record_that_fails_does_not_take_the_others_with_it(
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", storage_root=str(tmp_path))
     tracker.start_study("shop", name="x", params={})
     records: queue.Queue[object] = queue.Queue()
-    reporter = Reporter(records, tracker, Schedule(OptimConfig(epochs=2), 50), Phases())  # type: ignore[arg-type]
+    reporter = Reporter(records, tracker, Schedule(OptimConfig(epochs=2), 50), Phases())
     for record in (
         AttemptStarted(step=0, world_size=1, checkpoint=None, bytes_read=0, num_left_out=0),
         NodeMeasured({}),  # nothing to log: the tracker does not expect that

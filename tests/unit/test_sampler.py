@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -6,8 +8,9 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 SIZES = np.array([3, 7, 1, 12, 5, 9, 2, 8, 4, 6, 11, 10])
 
 
-def plan(**overrides) -> ClassBalancedPlan:
-    return ClassBalancedPlan(**{"class_sizes": SIZES, "batch_size": 20, "images_per_class": 5, "seed": 3} | overrides)
+def plan(**overrides: Any) -> ClassBalancedPlan:
+    settings: dict[str, Any] = {"class_sizes": SIZES, "batch_size": 20, "images_per_class": 5, "seed": 3}
+    return ClassBalancedPlan(**settings | overrides)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 5, 10])

@@ -24,11 +24,11 @@ def test_embeddings_are_read_as_written(tmp_path: Path, dim: int) -> None:
     write_index(str(tmp_path), [written])
     read = load_index(str(tmp_path))["test"]
     assert read == written
-    for ids in (range(50), range(5, 7), range(15, 40), range(20, 21)):
-        assert np.array_equal(read.read_all("id", ids), np.array(ids))
-        assert np.array_equal(read.read_all("label", ids), labels[ids.start : ids.stop])
-        assert np.array_equal(read.read_all("vector", ids), vectors[ids.start : ids.stop])
-        assert np.array_equal(read.read_all("code", ids), pack_codes(vectors)[ids.start : ids.stop])
+    for part in (range(50), range(5, 7), range(15, 40), range(20, 21)):
+        assert np.array_equal(read.read_all("id", part), np.array(part))
+        assert np.array_equal(read.read_all("label", part), labels[part.start : part.stop])
+        assert np.array_equal(read.read_all("vector", part), vectors[part.start : part.stop])
+        assert np.array_equal(read.read_all("code", part), pack_codes(vectors)[part.start : part.stop])
     rows = pq.read_table(tmp_path / "b.parquet").to_pylist()
     assert list(rows[0]) == ["id", "label", "split", "vector", "code"]
     assert (rows[0]["id"], rows[0]["label"], rows[0]["split"]) == (20, 6, "test")
@@ -38,7 +38,7 @@ def test_embeddings_are_read_as_written(tmp_path: Path, dim: int) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_keys_sort_by_distance_then_by_id_and_give_both_back(dtype: type) -> None:
     rng = np.random.default_rng(0)
-    distances = rng.integers(-3, 4, size=(20, 30)).astype(dtype)
+    distances: np.ndarray = rng.integers(-3, 4, size=(20, 30)).astype(dtype)
     distances[0, :4] = [0, 1, 2**30, 2**24 + 1]
     ids = rng.permutation(2**31 - 1 - np.arange(600)).reshape(20, 30)
     ids[:, 5] = -1

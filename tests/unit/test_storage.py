@@ -1,6 +1,7 @@
 """Storage that fails for a while; files that appear complete or not at all."""
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,11 @@ def failing(*errors: OSError) -> Callable[[], str]:
     return work
 
 
-def test_what_storage_fails_at_is_done_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_what_storage_fails_at_is_done_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     assert storage.patiently(failing(OSError("away"), OSError("away"))) == "done"
     assert pauses == [1.0, 2.0]
     assert capsys.readouterr().out.count("storage fails: away; trying again") == 2

@@ -4,7 +4,7 @@ import torch
 
 from nsl_dist.config import DataConfig
 from nsl_dist.data.transforms import augment, crop_draws, decode, eval_transform, normalise, random_crop, resize
-from tests.conftest import encode
+from tests.support.images import encode
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.asarray(np.kron(RNG.integers(0, 255, (6, 5, 3)), np.ones((8, 8, 1))), dtype=np.uint8)

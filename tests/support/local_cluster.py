@@ -1,55 +1,15 @@
-"""The cluster of cluster/local.py, and what the tests of clusters share."""
+"""The cluster of cluster/local.py."""
 
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-
-
-def user_environment(home: Path) -> dict[str, str]:
-    """That of a user without any Ray, whose home is `home`."""
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return outside | {"HOME": str(home)}
-
-
-def run(command: list[str], environment: dict[str, str], *, timeout: float = 480) -> tuple[int, str]:
-    """Run a command at the root of the repository; return its exit status and output."""
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-    )
-    return done.returncode, done.stdout
-
-
-def wait_until(holds: Callable[[], object], *, seconds: float, why: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.5)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+from tests.support.processes import BIN, PATIENCE, ROOT, free_ports, listens, run, user_environment, wait_until
 
 
 @dataclass(frozen=True)
@@ -80,7 +40,7 @@ class LocalCluster:
                 yield log
             finally:
                 process.terminate()  # it may still follow
-                process.wait(60)
+                process.wait(PATIENCE)
 
     @property
     def _as_user(self) -> dict[str, str]:
@@ -94,7 +54,6 @@ class LocalCluster:
 @contextmanager
 def started_local(directory: Path) -> Iterator[LocalCluster]:
     """Start a cluster of up to 2 nodes with 3 CPUs; end it with Ctrl-C. `directory` is its user's home."""
-    ray.shutdown()  # that of other tests: both would share the cores
     environment = user_environment(directory)
     (port,) = free_ports(1)
     log = directory / "local.log"
@@ -102,10 +61,10 @@ def started_local(directory: Path) -> Iterator[LocalCluster]:
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
-        wait_until(lambda: "A Ray cluster is up" in log.read_text(), seconds=120, why=log.read_text)
+        wait_until(lambda: "A Ray cluster is up" in log.read_text(), why=log.read_text)
         yield LocalCluster(process, f"http://127.0.0.1:{port}", environment, log)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(PATIENCE)
     assert process.returncode == 0, log.read_text()
     assert not listens(port)
