@@ -59,6 +59,7 @@ class GalleryShard:
         gallery: all of it.
         ids: this shard's.
         kinds: which embeddings to search.
+        use_gpu: search floats on a GPU, where there is one and faiss was built for it.
         shards_on_a_node: among which this machine's cores are divided.
         memory_bytes: half of it for embeddings, which beyond it lie in a memory-mapped file; a quarter for the
             distances that the threads look at.
@@ -71,6 +72,7 @@ class GalleryShard:
         ids: range,
         kinds: tuple[Kind, ...],
         *,
+        use_gpu: bool,
         shards_on_a_node: int,
         memory_bytes: float,
     ) -> None:
@@ -86,7 +88,7 @@ class GalleryShard:
         self._first = ids.start
         self._load = partial(_load, gallery, ids, kinds, resident_bytes=memory_bytes / 2)
         self._held: dict[Kind, NDArray[Any]] = {}
-        self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
+        self._gpu = faiss.StandardGpuResources() if use_gpu and faiss.get_num_gpus() else None
         self._gpu_lock = threading.Lock()
         self._index: Any = None
 
@@ -465,6 +467,7 @@ def _start_shards(
             embeddings,
             range(start, stop),
             kinds,
+            use_gpu=place < num_gpus,
             shards_on_a_node=shards_on_a_node,
             memory_bytes=config.memory_budget * 2**30 / shards_on_a_node,
         )

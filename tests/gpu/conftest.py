@@ -20,10 +20,8 @@ def device() -> Iterator[torch.device]:
     name = os.environ.get("NSL_GPU_TESTS_DEVICE", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     yield torch.device(name)
-    for backend, allowed in zip(backends, before, strict=True):
-        backend.allow_tf32 = allowed
+    matmul.allow_tf32, cudnn.allow_tf32 = before
