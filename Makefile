@@ -9,7 +9,10 @@ JOB ?= jobs/train_sop.py
 # Where it is set, each of a cluster's many processes compiles all that it imports, anew: three times as slow.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train submit test test-rest test-all test-lowest lint setup lock
+# What `make gpu` runs with, without a set-up of its own: any Python that has the packages.
+PYTHON_GPU ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+
+.PHONY: train submit test test-rest test-all test-lowest gpu lint setup lock
 
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
@@ -30,6 +33,13 @@ test-rest: setup
 
 test-all: setup
 	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+# On a machine with a GPU: the tests that need one, then a table of benchmarks; both are in gpu_report.json.
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+gpu:
+	rm -f build/gpu_tests.xml
+	-timeout -k 5 120 $(PYTHON_GPU) -m pytest tests/gpu -o addopts=-ra --confcutdir=tests/gpu --junit-xml=build/gpu_tests.xml
+	$(PYTHON_GPU) jobs/bench/gpu_report.py --tests build/gpu_tests.xml $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check nsl_dist jobs cluster tests

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torchvision
+from numpy.typing import NDArray
 from plain_training import Classifier, PlainStep, Work, settle, sgd
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,10 +32,18 @@ PEAKS = {
 }  # fmt: skip
 
 
-def median_seconds(
-    contestants: dict[str, Callable[[int], object]], turns: int, device: torch.device
-) -> dict[str, float]:
-    """Return the median seconds of a step; each turn is of 10, one after the other without a pause."""
+Step = Callable[[int], object]
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak for dense bfloat16 products, FLOP/s; None: not known."""
+    return next(
+        (peak for name, peak in PEAKS.items() if re.search(rf"\b{name.replace(' ', '.*')}\b", device_name)), None
+    )
+
+
+def step_seconds(contestants: dict[str, Step], turns: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of a step in each turn; a turn is of 10, one after the other without a pause."""
     steps: dict[str, Iterator[int]] = {name: itertools.count() for name in contestants}
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(1 + turns):
@@ -44,13 +54,28 @@ def median_seconds(
                 contestant(step)
             settle(device)
             seconds[name].append((time.perf_counter() - started) / 10)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}  # the first turn compiles
+    return {name: each[1:] for name, each in seconds.items()}  # the first turn compiles
 
 
-def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callable[[int], object]]:
-    """Return plain steps by precision, memory format, compiler and optimiser."""
-    contestants: dict[str, Callable[[int], object]] = {}
-    config, device = work.config, work.device
+def images_of(work: Work) -> Tensor:
+    """Return a batch of random images."""
+    size = work.config.data.image_size
+    return torch.randint(0, 256, (work.plan.batch_size, 3, size, size), dtype=torch.uint8, device=work.device)
+
+
+def plain_builders(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callable[[], Step]]:
+    """Return what builds plain steps, by precision, memory format, compiler and optimiser."""
+
+    def build(
+        dtype: torch.dtype | None, memory_format: torch.memory_format, *, compiled: bool, fused: bool | None
+    ) -> Step:
+        classifier = Classifier(work.config, work.split.num_classes).to(work.device).train()
+        classifier.model.to(memory_format=memory_format)
+        forward = torch.compile(classifier) if compiled else classifier
+        plain = PlainStep(forward, sgd(classifier, work.config, fused=fused), dtype, memory_format)
+        return lambda _: plain.run(images, labels)
+
+    builders: dict[str, Callable[[], Step]] = {}
     half, last, first = torch.bfloat16, torch.channels_last, torch.contiguous_format
     for dtype, memory_format, compiled, fused in (
         (None, first, False, False), (None, last, False, False), (half, first, False, False),
@@ -58,91 +83,108 @@ def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callabl
     ):  # fmt: skip
         if compiled and not any(map(shutil.which, ("cc", "gcc", "clang"))):
             continue  # torch.compile needs one
-        classifier = Classifier(config, work.split.num_classes).to(device).train()
-        classifier.model.to(memory_format=memory_format)
-        forward = torch.compile(classifier) if compiled else classifier
-        optimizer = sgd(classifier, config, fused=fused or None)
-        plain = PlainStep(forward, optimizer, dtype, memory_format)
         name = " ".join(
             ["plain", "bf16" if dtype else "float32", "nhwc" if memory_format is last else "nchw"]
             + ["compiled"] * compiled + ["fused"] * fused
         )  # fmt: skip
-        contestants[name] = functools.partial(lambda plain, _: plain.run(images, labels), plain)
-    return contestants
+        builders[name] = functools.partial(build, dtype, memory_format, compiled=compiled, fused=fused or None)
+    return builders
+
+
+def our_builders(work: Work, images: Tensor, labels_B: NDArray[np.int64]) -> dict[str, Callable[[], Step]]:
+    """Return what builds our steps, by precision."""
+    single, half = (dataclasses.replace(work.config, precision=precision) for precision in PRECISIONS)
+    classes = work.split.num_classes
+    return {
+        "ours float32 nhwc": lambda: our_step(work.training_step(single, classes), images, lambda _: labels_B),
+        "ours bf16 nhwc": lambda: our_step(work.training_step(half, classes), images, lambda _: labels_B),
+    }
+
+
+def our_step(training: TrainingStep, images: Tensor, labels: Callable[[int], NDArray[np.int64]]) -> Step:
+    """Return a step as the training loop does it: the next one's proxies are drawn while the device works."""
+
+    def run(step: int) -> None:
+        training.run(images, labels(step), step=step)
+        training.proxies.prefetch(labels(step + 1), step=step + 1)
+
+    return run
+
+
+def step_without_loss(work: Work, images: Tensor) -> Step:
+    """Return a step of the bfloat16 model alone, whose embeddings are given a gradient."""
+    training = work.training_step(dataclasses.replace(work.config, precision="bfloat16"), work.split.num_classes)
+    gradient = torch.randn(len(images), work.config.model.dim, device=work.device)
+
+    def run(_: int) -> None:
+        assert training.optimizer is not None
+        training.model.train()
+        with torch.autocast(work.device.type, torch.bfloat16):
+            embeddings = training.model(normalise(images).contiguous(memory_format=torch.channels_last))
+        training.optimizer.zero_grad()
+        torch.autograd.backward(embeddings, gradient)
+        training.optimizer.step()
+
+    return run
+
+
+def step_flops(work: Work, images: Tensor, labels: Tensor) -> int:
+    """Return the floating-point operations of forward and backward."""
+    classifier = Classifier(work.config, work.split.num_classes).to(work.device).train()
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(classifier(normalise(images), labels))
+    return int(counter.get_total_flops())
 
 
 def time_steps(work: Work, turns: int, proxy_classes: int) -> tuple[dict[str, float], int]:
     """Return median seconds of a step by contestant, and FLOPs of forward and backward."""
-    config, device, batch_size = work.config, work.device, work.plan.batch_size
-    size = config.data.image_size
-    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
-    labels_B = work.plan.batch(0).labels
-    contestants = plain_steps(work, images, torch.from_numpy(labels_B).to(device))
-
-    # As the training loop does it: the next step's proxies are drawn while the device works.
-    def ours(training: TrainingStep, labels: Callable[[int], np.ndarray[Any, Any]], step: int) -> None:
-        training.run(images, labels(step), step=step)
-        training.proxies.prefetch(labels(step + 1), step=step + 1)
-
-    single, half = (dataclasses.replace(config, precision=precision) for precision in PRECISIONS)
-    for like, name in ((single, "ours float32 nhwc"), (half, "ours bf16 nhwc")):
-        training = work.training_step(like, work.split.num_classes)
-        contestants[name] = functools.partial(ours, training, lambda _: labels_B)
-
-    many = dataclasses.replace(half, proxies=ProxyConfig(sample_rate=0.1, temperature=config.proxies.temperature))
-    training = work.training_step(many, proxy_classes)
-    contestants["ours many classes"] = functools.partial(
-        ours, training, lambda step: np.random.default_rng(step).integers(0, proxy_classes, batch_size)
+    images, labels_B = images_of(work), work.plan.batch(0).labels
+    labels = torch.from_numpy(labels_B).to(work.device)
+    builders = plain_builders(work, images, labels) | our_builders(work, images, labels_B)
+    contestants = {name: build() for name, build in builders.items()}
+    proxies = ProxyConfig(sample_rate=0.1, temperature=work.config.proxies.temperature)
+    many = dataclasses.replace(work.config, precision="bfloat16", proxies=proxies)
+    contestants["ours many classes"] = our_step(
+        work.training_step(many, proxy_classes),
+        images,
+        lambda step: np.random.default_rng(step).integers(0, proxy_classes, len(images)),
     )
-    lossless = work.training_step(half, work.split.num_classes)
-    gradient = torch.randn(batch_size, config.model.dim, device=device)
-
-    def without_loss(_: int) -> None:
-        assert lossless.optimizer is not None
-        lossless.model.train()
-        with torch.autocast(device.type, torch.bfloat16):
-            embeddings = lossless.model(normalise(images).contiguous(memory_format=torch.channels_last))
-        lossless.optimizer.zero_grad()
-        torch.autograd.backward(embeddings, gradient)
-        lossless.optimizer.step()
-
-    contestants["without loss"] = without_loss
-    classifier = Classifier(config, work.split.num_classes).to(device).train()
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(classifier(normalise(images), torch.from_numpy(labels_B).to(device)))
-    return median_seconds(contestants, turns, device), int(counter.get_total_flops())
+    contestants["without loss"] = step_without_loss(work, images)
+    seconds = step_seconds(contestants, turns, work.device)
+    return {name: statistics.median(each) for name, each in seconds.items()}, step_flops(work, images, labels)
 
 
-def decode_rates(work: Work, turns: int) -> dict[str, float]:
-    """Return JPEGs decoded a second, by one core and by the GPU."""
-    import torchvision
-
-    bags = [work.split.read_bag(label, ["image"])["image"] for label in range(min(32, work.split.num_classes))]
-    encoded = [each.as_py() for bag in bags for each in bag]
-    encoded = [each for each in encoded if each.startswith(b"\xff\xd8")]
+def decode_seconds(encoded: list[bytes], turns: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of decoding JPEGs in each turn, by one core and, where the device is one, by the GPU."""
     tensors = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in encoded]
     mode = torchvision.io.ImageReadMode.RGB
-    contestants: dict[str, Callable[[], object]] = {
-        "decode, one core": lambda: [decode(each) for each in encoded],
-        "decode, GPU": lambda: torchvision.io.decode_jpeg(tensors, mode=mode, device=work.device),
-    }
+    contestants: dict[str, Callable[[], object]] = {"decode, one core": lambda: [decode(each) for each in encoded]}
+    if device.type == "cuda":
+        contestants["decode, GPU"] = lambda: torchvision.io.decode_jpeg(tensors, mode=mode, device=device)
     seconds: dict[str, list[float]] = defaultdict(list)
     for _turn in range(1 + turns):
         for name, contestant in contestants.items():
-            settle(work.device)
+            settle(device)
             started = time.perf_counter()
             contestant()
-            settle(work.device)
+            settle(device)
             seconds[name].append(time.perf_counter() - started)
-    return {name: len(encoded) / statistics.median(each[1:]) for name, each in seconds.items()}
+    return {name: each[1:] for name, each in seconds.items()}
+
+
+def jpegs_of(work: Work) -> list[bytes]:
+    """Return the JPEGs of the first classes."""
+    bags = [work.split.read_bag(label, ["image"])["image"] for label in range(min(32, work.split.num_classes))]
+    encoded = [each.as_py() for bag in bags for each in bag]
+    return [each for each in encoded if each.startswith(b"\xff\xd8")]
 
 
 def measure(_: int, work: Work, turns: int, proxy_classes: int) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     seconds, flops = time_steps(work, turns, proxy_classes)
-    decoded = decode_rates(work, turns)
-    device = torch.cuda.get_device_name()
-    peak = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name.replace(' ', '.*')}\b", device)), None)
+    encoded = jpegs_of(work)
+    decoded = decode_seconds(encoded, turns, work.device)
+    peak = peak_flops(torch.cuda.get_device_name())
     rows: list[dict[str, Any]] = []
     for name, each in seconds.items():
         twin = seconds.get(name.replace("ours", "plain"), each)
@@ -157,4 +199,6 @@ def measure(_: int, work: Work, turns: int, proxy_classes: int) -> list[dict[str
                 "added": each / seconds["without loss"] - 1 if name == "ours many classes" else None,
             }
         )
-    return rows + [{"step": name, "images_per_second": rate} for name, rate in decoded.items()]
+    return rows + [
+        {"step": name, "images_per_second": len(encoded) / statistics.median(each)} for name, each in decoded.items()
+    ]

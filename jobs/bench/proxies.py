@@ -343,6 +343,13 @@ def machine_rates(device: torch.device) -> tuple[float, float]:
     return 2 * source.nbytes / fastest(lambda: target.copy_(source)), 2 * 2048**3 / fastest(lambda: left @ right)
 
 
+def floor_seconds(contestant: Contestant, batch: int, bytes_per_second: float, flops: float) -> tuple[float, float]:
+    """Return the least time for the rows' bytes and for the products, of all workers together."""
+    num_bytes = 4 * 4 * contestant.num_sampled * contestant.dim
+    num_operations = 6 * batch * contestant.num_sampled * contestant.dim
+    return num_bytes / bytes_per_second, num_operations / flops
+
+
 def contestants_of(config: BenchConfig) -> list[Contestant]:
     """Return every line of the grid."""
     found = []
@@ -455,15 +462,13 @@ def main() -> None:
     smallest: dict[tuple[Any, ...], float] = {}
     for together in rounds_that_fit(contestants, config, available_memory(device)):
         for contestant, (times, extra) in zip(together, measure(together, config, device), strict=True):
-            num_bytes = 4 * 4 * contestant.num_sampled * contestant.dim
-            num_operations = 6 * config.batch * contestant.num_sampled * contestant.dim
             result = {
                 **asdict(contestant),
                 "device": device.type,
                 "step_ms": round(statistics.median(times), 3),
                 "step_ms_min": round(min(times), 3),
                 "peak_extra_mb": round(extra / 1e6, 1),
-                "floor_ms": round(1000 * max(num_bytes / bytes_per_second, num_operations / flops), 3),
+                "floor_ms": round(1000 * max(floor_seconds(contestant, config.batch, bytes_per_second, flops)), 3),
             }
             if config.json:
                 print(json.dumps(result), flush=True)

@@ -40,6 +40,7 @@ class GalleryShard:
         gallery: all embeddings.
         ids: the range of this shard.
         kinds: which embeddings to search.
+        use_gpu: search floats on a GPU, if there is one and faiss was built for it.
         shards_on_a_node: shards that share the cores of this machine.
         memory_bytes: half of it for embeddings, which are memory-mapped if they take more; a quarter for the distances
             that the threads look at.
@@ -52,6 +53,7 @@ class GalleryShard:
         ids: range,
         kinds: tuple[Kind, ...],
         *,
+        use_gpu: bool,
         shards_on_a_node: int,
         memory_bytes: float,
     ) -> None:
@@ -67,7 +69,7 @@ class GalleryShard:
         self._first = ids.start
         self._load = partial(read_shard, gallery, ids, kinds, resident_bytes=memory_bytes / 2)
         self._held: dict[Kind, NDArray[Any]] = {}
-        self._gpu = faiss.StandardGpuResources() if ray.get_gpu_ids() and faiss.get_num_gpus() else None
+        self._gpu = faiss.StandardGpuResources() if use_gpu and faiss.get_num_gpus() else None
         self._gpu_lock = threading.Lock()
         self._index: Any = None
 

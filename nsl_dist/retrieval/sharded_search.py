@@ -152,6 +152,7 @@ def _start_shards(
             embeddings,
             range(start, stop),
             kinds,
+            use_gpu=place < num_gpus,
             shards_on_a_node=shards_on_a_node,
             memory_bytes=config.memory_budget * 2**30 / shards_on_a_node,
         )

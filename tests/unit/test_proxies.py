@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nsl_dist.config import ProxyConfig
-from nsl_dist.proxies import matrix as matrix_module
 from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
 from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad, _MapProducts
@@ -20,15 +19,16 @@ from nsl_dist.proxies.partition import Partition
 from nsl_dist.proxies.sampling import draw_distinct, sample_rows
 from nsl_dist.proxies.softmax import LOWEST_TEMPERATURE
 from nsl_dist.proxies.table import Table
+from tests.support.proxies import (
+    check_chunks,
+    check_embeddings_that_are_not_finite,
+    check_loss_and_gradients,
+    check_placements,
+    matrix_of,
+    train_proxies,
+)
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
-
-def matrix_of(num_classes: int, dim: int, *, momentum: float = 0.9, decay: float = 0.0, **options: Any) -> ProxyMatrix:
-    device = options.pop("device", "cpu")
-    matrix = ProxyMatrix(Partition(num_classes), dim, ProxyConfig(**options), device=device)
-    matrix.start_optimizer(momentum=momentum, weight_decay=decay, step=0)
-    return matrix
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("num_classes", "world_size"), [(10, 1), (10, 3), (11, 4), (3, 4), (1, 2), (4097, 4)])
@@ -165,57 +165,16 @@ def test_correction_keeps_one_class_to_stand_for_the_rest() -> None:
 # Loss
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1 / 64, LOWEST_TEMPERATURE])
-def test_loss_and_gradients_equal_torchs_cross_entropy(temperature: float, device: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(12, 16, generator=generator, dtype=torch.float64)
-    labels = torch.arange(12)
-    matrix = matrix_of(40, 16, momentum=0.0, temperature=max(temperature, 0.0137), device=device)
-    matrix.weight.values[0] = -embeddings[0].float()  # the widest span of logits
-    before = matrix.weight.values.clone()
-
-    dense = [embeddings.clone().requires_grad_(), before.cpu().double().requires_grad_()]
-    expected = F.cross_entropy(F.normalize(dense[0]) @ F.normalize(dense[1]).T / matrix.config.temperature, labels)
-    expected.backward()
-    ours = embeddings.float().to(device).requires_grad_()
-    loss = matrix.loss(ours, labels.numpy(), step=0, lr=1.0)
-    loss.backward()
-    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=0)
-    # Without momentum, the velocity is the gradient.
-    assert isinstance(matrix.optimizer, DeferredSGD)
-    for mine, exact in ((ours.grad, dense[0].grad), (matrix.optimizer.velocity.values, dense[1].grad)):
-        assert mine is not None
-        assert exact is not None
-        torch.testing.assert_close(mine.cpu().double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
-    torch.testing.assert_close(matrix.weight.values, before - matrix.optimizer.velocity.values)
+def test_loss_and_gradients_equal_torchs_cross_entropy(temperature: float) -> None:
+    check_loss_and_gradients(temperature=temperature, device=CPU)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "options", [{"sample_rate": 1.0}, {"num_sampled": 40}, {"num_sampled": 40, "correct_sampling": True}]
 )
-def test_chunks_change_nothing(options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one chunk, in many kept ones, and in many that are computed twice for want of memory."""
-    results = []
-    for chunk_bytes, memory in ((2**30, 1.0), (1000, 1.0), (1000, 1e-6)):
-        monkeypatch.setattr(matrix_module, "CPU_CHUNK_BYTES", chunk_bytes)
-        matrix = matrix_of(100, 8, decay=1e-3, memory=memory, device=device, **options)
-        rng = np.random.default_rng(0)
-        for step in range(5):
-            embeddings = torch.from_numpy(rng.normal(size=(12, 8))).float().to(device).requires_grad_()
-            labels = rng.integers(0, 100, 12)
-            proxies = matrix._sample(labels, step=step)
-            assert proxies.keep == (memory == 1.0)
-            if device == "cpu" or memory < 1:
-                assert (len(proxies.chunks) > 1) == (chunk_bytes == 1000)
-            matrix.loss(embeddings, labels, step=step, lr=0.1).backward()
-        state = matrix.complete(step=5)
-        assert embeddings.grad is not None
-        results.append((embeddings.grad.cpu(), state["weight"].cpu(), state["velocity"].cpu()))
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+def test_chunks_change_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_chunks(options, device=CPU, monkeypatch=monkeypatch)
 
 
 def test_loss_is_float32_under_autocast() -> None:
@@ -296,19 +255,9 @@ def test_bad_input_is_refused() -> None:
         matrix.loss(torch.randn(4, 8), np.arange(5), step=3, lr=0.1)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_embeddings_that_are_not_finite_are_named(value: float, device: str) -> None:
-    matrix = matrix_of(6, 8, device=device)
-    before = matrix.weight.values.clone()
-    embeddings = torch.randn(4, 8, device=device)
-    embeddings[2, 3] = value
-    if device == "cuda":
-        matrix.loss(embeddings, np.arange(4), step=7, lr=0.1)  # found out at the next step
-    message = r"step 7: embeddings are nan or infinite: 1 of the 4 of worker 0; start another run"
-    with pytest.raises(FloatingPointError, match=message):
-        matrix.loss(embeddings, np.arange(4), step=7, lr=0.1)
-    assert torch.equal(matrix.weight.values, before)  # no backward pass came to it
+def test_embeddings_that_are_not_finite_are_named(value: float) -> None:
+    check_embeddings_that_are_not_finite(value, device=CPU)
 
 
 def test_proxies_that_are_not_finite_are_named() -> None:
@@ -375,27 +324,6 @@ def test_rowwise_adagrad() -> None:
 # Storage
 
 
-def train(
-    matrix: ProxyMatrix, *, steps: int, first: int = 0, stop: int | None = None, lr: float = 0.05, batch: int = 16
-) -> dict[str, torch.Tensor]:
-    """Move the proxies by real losses on noisy embeddings of their classes; return the state, complete at the end."""
-    rng = np.random.default_rng(5)
-    num_classes, dim = matrix.weight.values.shape
-    centres = rng.normal(size=(num_classes, dim))
-    for step in range(stop or steps):
-        labels = np.random.default_rng((6, step)).integers(0, num_classes, batch)
-        embeddings = torch.from_numpy(centres[labels] + 0.5 * rng.normal(size=(batch, dim))).float()
-        if step < first:
-            continue
-        embeddings = embeddings.to(matrix.weight.device).requires_grad_()
-        warm = min(1.0, (step + 1) / 20) * (1.0 if step < steps // 2 else 0.1)
-        matrix.loss(embeddings, labels, step=step, lr=lr * warm).backward()
-        if matrix._background is not None:
-            matrix.prefetch(np.random.default_rng((6, step + 1)).integers(0, num_classes, batch), step=step + 1)
-    state = matrix.complete(step=steps) if stop is None else matrix.state()
-    return {name: table.cpu().clone() for name, table in state.items()}
-
-
 def test_stochastic_rounding_is_unbiased() -> None:
     values = torch.tensor([[1.0, 1.001, -1.003, 3e-5, 0.0, -250.3]]).repeat(20_000, 1)
     rounded = round_to_bfloat16(values, torch.arange(20_000), seed=1, stream=3).float()
@@ -417,7 +345,7 @@ def test_bfloat16_follows_float32(optimizer: str) -> None:
     """The directions differ by what a random walk of roundings to 8 bits makes: 2^-8 sqrt(times drawn) at most."""
     lr = 0.002 if optimizer == "sgd" else 0.01
     states = [
-        train(matrix_of(50, 32, optimizer=optimizer, num_sampled=25, dtype=dtype), steps=200, lr=lr)
+        train_proxies(matrix_of(50, 32, optimizer=optimizer, num_sampled=25, dtype=dtype), steps=200, lr=lr)
         for dtype in ("float32", "bfloat16")
     ]
     start = Table(Partition(50), 32, initial_bound=32**-0.5).values
@@ -428,24 +356,16 @@ def test_bfloat16_follows_float32(optimizer: str) -> None:
     assert (rounded - exact).norm() < 0.1 * moved
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_placement_changes_nothing(optimizer: str, dtype: str, device: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"optimizer": optimizer, "dtype": dtype, "num_sampled": 30, "device": device}
-    expected = train(matrix_of(300, 12, **options), steps=30)
-    for placement in ("host", "disk"):
-        matrix = matrix_of(300, 12, placement=placement, directory=str(tmp_path), **options)
-        assert matrix.weight.values.device.type == "cpu"
-        state = train(matrix, steps=30)
-        assert all(torch.equal(state[name], expected[name]) for name in expected), placement
-    assert not list(tmp_path.iterdir()), "the file has no name that could be left behind"
+def test_placement_changes_nothing(optimizer: str, dtype: str, tmp_path: Path) -> None:
+    check_placements(optimizer, dtype, device=CPU, directory=tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adagrad"}, {"dtype": "bfloat16"}, {"memory": 1e-6}])
 def test_host_rows_travel_and_come_ahead(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU's rows from and to the host, with a second name of the CPU for the GPU."""
-    expected = train(matrix_of(300, 12, num_sampled=100, **options), steps=20)
+    expected = train_proxies(matrix_of(300, 12, num_sampled=100, **options), steps=20)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest))
     matrix = matrix_of(300, 12, num_sampled=100, placement="host", **options)
@@ -455,7 +375,7 @@ def test_host_rows_travel_and_come_ahead(options: dict[str, Any], monkeypatch: p
         table.device = torch.device("cpu:0")
         assert table.device != table.values.device
     matrix._background = ThreadPoolExecutor(1)
-    state = train(matrix, steps=20)
+    state = train_proxies(matrix, steps=20)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert len(matrix._spare) <= 1  # what is done with is used again, not hoarded
 
@@ -467,14 +387,14 @@ def test_going_on_from_a_saved_state(options: dict[str, Any], tmp_path: Path) ->
     """The same to the last bit as a run that was neither saved nor interrupted."""
     options = {"num_sampled": None if "sample_rate" in options else 30, "directory": str(tmp_path), **options}
     whole, saved, resumed = (matrix_of(100, 8, decay=1e-3, **options) for _ in range(3))
-    expected = train(whole, steps=30)
-    state = train(saved, steps=30, stop=15)
+    expected = train_proxies(whole, steps=30)
+    state = train_proxies(saved, steps=30, stop=15)
     for name, table in resumed.overwrite().items():
         table.copy_(state[name])
     assert saved.optimizer is not None
     resumed.resume(saved.optimizer.history)
     for matrix in (saved, resumed):
-        ours = train(matrix, first=15, steps=30)
+        ours = train_proxies(matrix, first=15, steps=30)
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert not torch.equal(expected["weight"], state["weight"])
 

@@ -1,0 +1,123 @@
+"""Class proxies on a GPU, in every placement, against the CPU's answers."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
+from nsl_dist.proxies.matrix import ProxyMatrix
+from nsl_dist.proxies.partition import Partition
+from nsl_dist.proxies.softmax import LOWEST_TEMPERATURE
+from nsl_dist.proxies.table import Table
+from tests.support.proxies import (
+    check_chunks,
+    check_embeddings_that_are_not_finite,
+    check_loss_and_gradients,
+    check_placements,
+    matrix_of,
+    train_proxies,
+)
+
+NUM_CLASSES, DIM, STEPS = 300, 16, 30
+OPTIMIZERS = ("sgd", "adagrad")
+DTYPES = ("float32", "bfloat16")
+
+
+def loss_and_gradient(matrix: ProxyMatrix) -> tuple[Tensor, Tensor]:
+    """Return the loss of the proxies after training, and its gradient by the embeddings."""
+    rng = np.random.default_rng(11)
+    embeddings = torch.from_numpy(rng.normal(size=(24, DIM))).float().to(matrix.weight.device).requires_grad_()
+    loss = matrix.loss(embeddings, rng.integers(0, NUM_CLASSES, 24), step=STEPS, lr=0.0)
+    torch.autograd.backward(loss)
+    assert embeddings.grad is not None
+    return loss.detach().cpu(), embeddings.grad.cpu()
+
+
+@pytest.mark.parametrize(
+    ("placement", "dtype", "optimizer", "sample_rate"),
+    itertools.product(("device", "host", "disk"), DTYPES, OPTIMIZERS, (1.0, 0.1)),
+)
+def test_proxies_train_as_on_the_cpu(
+    placement: str, dtype: str, optimizer: str, sample_rate: float, device: torch.device, tmp_path: Path
+) -> None:
+    """Float32 differs by rounding errors alone: 1e-4 of what training changed.
+
+    In bfloat16 an error may turn a stochastic rounding the other way, which changes a value by 2^-8 of itself. That
+    happens to few of them: together they stay below 2^-8.
+    """
+    options: dict[str, Any] = {
+        "dtype": dtype, "optimizer": optimizer, "sample_rate": sample_rate, "directory": str(tmp_path), "decay": 1e-3,
+    }  # fmt: skip
+    on_cpu = matrix_of(NUM_CLASSES, DIM, **options)
+    on_device = matrix_of(NUM_CLASSES, DIM, placement=placement, device=device, **options)
+    assert on_device.weight.device.type == device.type
+    assert on_device.weight.values.device.type == (device.type if placement == "device" else "cpu")
+    expected, ours = (train_proxies(matrix, steps=STEPS) for matrix in (on_cpu, on_device))
+
+    assert ours.keys() == expected.keys()
+    start = Table(Partition(NUM_CLASSES), DIM, dtype=on_cpu.weight.values.dtype, initial_bound=DIM**-0.5).values
+    for name, theirs in expected.items():
+        assert ours[name].dtype == theirs.dtype
+        if name == "step":
+            assert torch.equal(ours[name], theirs)
+            continue
+        changed = theirs.double() - (start.double() if name == "weight" else 0.0)
+        assert float(changed.norm()) > 0
+        bound = 1e-4 * changed.norm() if dtype == "float32" else 2**-8 * theirs.double().norm()
+        assert float((ours[name].double() - theirs.double()).norm()) <= float(bound), name
+    (expected_loss, expected_gradient), (loss, gradient) = map(loss_and_gradient, (on_cpu, on_device))
+    rtol = 1e-4 if dtype == "float32" else 2**-8
+    torch.testing.assert_close(loss, expected_loss, rtol=rtol, atol=0)
+    assert float((gradient - expected_gradient).norm()) <= rtol * float(expected_gradient.norm())
+
+
+def test_random_bits_do_not_depend_on_the_device(device: torch.device) -> None:
+    rows = torch.arange(1000)
+    values = uniform_rows(rows, 33, bound=2.0, seed=7)
+    assert torch.equal(uniform_rows(rows.to(device), 33, bound=2.0, seed=7).cpu(), values)
+    rounded = round_to_bfloat16(values, rows, seed=7, stream=5)
+    assert torch.equal(round_to_bfloat16(values.to(device), rows.to(device), seed=7, stream=5).cpu(), rounded)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_placement_changes_nothing(optimizer: str, dtype: str, device: torch.device, tmp_path: Path) -> None:
+    check_placements(optimizer, dtype, device=device, directory=tmp_path)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 1 / 64, LOWEST_TEMPERATURE])
+def test_loss_and_gradients_equal_torchs_cross_entropy(temperature: float, device: torch.device) -> None:
+    check_loss_and_gradients(temperature=temperature, device=device)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sample_rate": 1.0}, {"num_sampled": 40}, {"num_sampled": 40, "correct_sampling": True}]
+)
+def test_chunks_change_nothing(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_chunks(options, device=device, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_named(value: float, device: torch.device) -> None:
+    check_embeddings_that_are_not_finite(value, device=device)
+
+
+def test_loss_is_float32_under_autocast(device: torch.device) -> None:
+    results = []
+    for enabled in (False, True):
+        matrix = matrix_of(NUM_CLASSES, DIM, device=device)
+        embeddings = torch.randn(4, DIM, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            loss = matrix.loss(embeddings, np.arange(4), step=0, lr=0.1)
+            torch.autograd.backward(loss)
+        assert embeddings.grad is not None
+        assert loss.dtype == embeddings.grad.dtype == torch.float32
+        results.append((loss.detach(), embeddings.grad, F.normalize(matrix.weight.values)))
+    for plain, autocast in zip(*results, strict=True):
+        torch.testing.assert_close(autocast, plain, rtol=1e-6, atol=1e-6)
