@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import nsl_dist  # noqa: F401  # before Ray is imported, which then stays on loopback
+from nsl_dist.ray_internals import LOCAL_ENVIRONMENT
+
+os.environ |= LOCAL_ENVIRONMENT  # of every Ray that a test starts itself; Ray reads it when it is imported
 
 JOBS = Path(__file__).parents[1] / "jobs"
 OMNIGLOT = Path(__file__).parents[2] / "shared" / "data" / "omniglot_sop.zip"

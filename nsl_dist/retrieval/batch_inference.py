@@ -140,7 +140,7 @@ def _embed_shards(
     most_actors = min(num_gpus or max(1, cluster.totals()[0] // 2), most_batches)
     embedded = (
         ray.data.range(len(todo), override_num_blocks=max(1, min(len(todo), most_batches)))
-        .map_batches(read, batch_size=None, num_cpus=1, ray_remote_args_fn=cluster.prefer_cpu_nodes)
+        .map_batches(read, batch_size=None, num_cpus=1, **cluster.prefer_cpu_nodes())
         .map_batches(
             _Embedder,
             fn_constructor_args=(weights and ray.put(weights), config, most_actors),

@@ -394,6 +394,7 @@ def _fit(
 
     """
     fewest, most = _worker_range(config)
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # a notice may come 30 s before its node goes
     if most > fewest:
         # After the loss of a node Ray Train still counts it at first, and waits a minute for room for as many workers.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")

@@ -28,6 +28,7 @@ from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
+from nsl_dist.ray_internals import draining_nodes
 from nsl_dist.retrieval import sharded_search as search
 from tests.conftest import write_sop
 from tests.e2e.local_cluster import (
@@ -108,7 +109,6 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
     def work() -> None:
         time.sleep(120)  # an idle node would leave at once
 
-    draining = ray._private.state.state.get_draining_nodes
     ray.shutdown()  # that of other tests, which go on
     ray.init(address="local", num_cpus=1)
     working = work.remote()
@@ -121,7 +121,7 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
     }
     try:
         for cloud, seconds_left in (("aws", 110), ("gcp", 25)):
-            before = draining()
+            before = draining_nodes()
             noticed.clear()
             asked.clear()
             watch = subprocess.Popen([ROOT / "cluster" / "spot_notice.sh", cloud], env=environment)
@@ -129,12 +129,12 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
                 assert asked.wait(20)
                 time.sleep(3)  # it has asked once more
                 assert watch.poll() is None
-                assert draining() == before
+                assert draining_nodes() == before
                 noticed.set()
                 assert watch.wait(60) == 0
             finally:
                 watch.kill()
-            left = draining()[ray.get_runtime_context().get_node_id()] / 1000 - time.time()
+            left = draining_nodes()[ray.get_runtime_context().get_node_id()] / 1000 - time.time()
             assert seconds_left - 20 < left <= seconds_left
     finally:
         server.shutdown()
