@@ -130,10 +130,14 @@ cluster.connect(num_cpus=1)
 process = psutil.Process()
 processes = [process, *process.children(recursive=True)]
 listening = {
-    each.laddr.ip for process in processes for each in process.net_connections("tcp") if each.status == "LISTEN"
+    each.laddr.ip.removeprefix("::ffff:") for process in processes for each in process.net_connections("tcp") if each.status == "LISTEN"
 }
 added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-actor = ray.remote(max_restarts=1)(dict).remote(ray.put({}))  # Ray would warn of it
+@ray.remote(max_restarts=1)
+class Keeper:
+    def __init__(self, argument):
+        pass
+actor = Keeper.remote(ray.put({}))  # Ray would warn of it
 of_worker = ray.get(ray.remote(lambda: dict(os.environ)).remote())
 print(json.dumps({
     "changed by import": [name for name in before | imported if before.get(name) != imported.get(name)],
@@ -208,6 +212,10 @@ def test_noise_is_dropped_line_by_line(capfd: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.usefixtures("cluster")
 def test_ray_warns_of_an_actors_arguments_once_in_a_process() -> None:
+    class Keeper:
+        def __init__(self, argument: dict[str, int]) -> None:
+            self.argument = argument
+
     @ray.remote(num_cpus=0, max_calls=1)  # a process of its own
     def heard(*, is_spent: bool) -> bytes:
         if is_spent:
@@ -216,7 +224,7 @@ def test_ray_warns_of_an_actors_arguments_once_in_a_process() -> None:
             before = os.dup(2)
             os.dup2(stderr.fileno(), 2)
             nowhere = NodeAffinitySchedulingStrategy(ray_internals.NO_NODE, soft=False)
-            ray.remote(max_restarts=1, scheduling_strategy=nowhere)(dict).remote(ray.put({}))
+            ray.remote(max_restarts=1, scheduling_strategy=nowhere)(Keeper).remote(ray.put({}))
             os.dup2(before, 2)
             stderr.seek(0)
             return stderr.read()
@@ -323,7 +331,9 @@ def test_serve_replicas_listen_on_loopback_alone(monkeypatch: pytest.MonkeyPatch
         server = grpc.aio.server()
         port = replica.add_port_to_grpc_server(server, "[::]:0")
         await server.start()
-        listening = {(each.laddr.ip, each.laddr.port) for each in psutil.Process().net_connections("tcp")}
+        listening = {
+            (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port) for each in psutil.Process().net_connections("tcp")
+        }
         await server.stop(None)
         assert {ip for ip, at in listening if at == port} == {"127.0.0.1"}
         return port
@@ -338,6 +348,7 @@ def test_serve_replicas_listen_on_loopback_alone(monkeypatch: pytest.MonkeyPatch
 
 def test_nodes_that_are_processes_share_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     with contract(ray_internals.node_provider):
         provider = ray_internals.node_provider()
         settings = {"head_node_id": "f" * 56, "gcs_address": "127.0.0.1:1", "launch_multiple": True}
@@ -376,9 +387,9 @@ def test_aws_starts_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         ec2 = boto3.client("ec2", region)
         vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
         group = ec2.create_security_group(GroupName="nodes", Description="nodes", VpcId=vpc)["GroupId"]
+        boto3.client("iam", region).create_instance_profile(InstanceProfileName="nodes")
         for kind in config["available_node_types"].values():
-            kind["node_config"]["SecurityGroupIds"] = [group]
-            del kind["node_config"]["IamInstanceProfile"]
+            kind["node_config"] |= {"SecurityGroupIds": [group], "IamInstanceProfile": {"Name": "nodes"}}
         with contract(ray_internals.aws_nodes):
             launched, provider = ray_internals.aws_nodes(ray_internals.checked_cluster_file(config))
             node_config = launched["available_node_types"]["data"]["node_config"]
