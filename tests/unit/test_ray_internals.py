@@ -129,9 +129,8 @@ from nsl_dist import cluster
 cluster.connect(num_cpus=1)
 process = psutil.Process()
 processes = [process, *process.children(recursive=True)]
-listening = {
-    each.laddr.ip.removeprefix("::ffff:") for process in processes for each in process.net_connections("tcp") if each.status == "LISTEN"
-}
+sockets = [each for process in processes for each in process.net_connections("tcp") if each.status == "LISTEN"]
+listening = {each.laddr.ip.removeprefix("::ffff:") for each in sockets}
 added = {name: value for name, value in os.environ.items() if before.get(name) != value}
 @ray.remote(max_restarts=1)
 class Keeper:
