@@ -37,9 +37,10 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
     if ray.is_initialized():
         return
     settings = {"logging_level": "warning", "log_to_driver": show_workers}
-    if os.environ.get("RAY_ADDRESS"):
-        # The environment of its processes is the cluster's.
-        ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT}, **settings)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # The environment of its processes is the cluster's. Some of Ray Train's look for one, and may find another.
+        ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT | {"RAY_ADDRESS": address}}, **settings)
     else:
         with ray_internals.local_ray_environment():
             ray.init(

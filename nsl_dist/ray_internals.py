@@ -28,6 +28,7 @@ GCS_PORTS = range(20_000, 32_000)  # below those that the system gives to client
 NOISE = re.compile(
     "There are tasks with infeasible resource requests"  # whenever tasks wait for a CPU and no node can be added
     "|has constructor arguments in the object store and max_restarts"  # of actors of Ray Train and Ray Data
+    "|worker processes have been started on node"  # of the tasks with a part of a CPU, and of idle actors
     "|^Progress bars disabled"  # we disabled them
 )
 NOISY_LOGGERS = {

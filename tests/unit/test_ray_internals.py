@@ -180,6 +180,7 @@ def test_a_local_ray_starts_without_a_word(host: dict[str, Any]) -> None:
     [
         ("There are tasks with infeasible resource requests", "core/src/ray/gcs/gcs_server"),
         (f"{WARNING} and max_restarts", "_raylet.so"),
+        (" worker processes have been started on node", "core/src/ray/raylet/raylet"),
         ("Progress bars disabled", "data/_internal/progress/__init__.py"),
         ("Token authentication is enabled", "_private/authentication/authentication_token_setup.py"),
     ],
