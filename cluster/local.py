@@ -21,6 +21,8 @@ from typing import Any
 
 import tyro
 
+from nsl_dist.ray_internals import default_temp_dir
+
 BIN = Path(sys.executable).parent
 HEAD_KIND = "ray.head.default"  # as Ray's provider of fake nodes calls it
 HEAD_ID = "f" * 51 + "00000"
@@ -66,8 +68,6 @@ def main() -> None:
 
 
 def _run(config: LocalConfig, directory: Path) -> None:
-    from ray._common.utils import get_default_ray_temp_dir  # reads the environment when it is imported
-
     gcs, agent = _free_ports(2)
     file, log = directory / "cluster.yaml", directory / "head.log"
     file.write_text(json.dumps(_cluster_file(config, gcs_address=f"127.0.0.1:{gcs}")))  # YAML too
@@ -76,7 +76,7 @@ def _run(config: LocalConfig, directory: Path) -> None:
         "--dashboard-host=127.0.0.1", f"--dashboard-port={config.port}", f"--dashboard-agent-listen-port={agent}",
         f"--autoscaling-config={file}",
         # Ray gives jobs to the newest cluster of a folder: in the common one, to any that was started after this.
-        f"--temp-dir={get_default_ray_temp_dir()}_{config.port}",
+        f"--temp-dir={default_temp_dir()}_{config.port}",
     ]  # fmt: skip
     names = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     with log.open("w") as output:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import ray
-from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from nsl_dist import ray_internals
 from nsl_dist.progress import duration
 
 OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
@@ -34,39 +33,47 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
 
     """
     quiet_ray_data()
+    ray_internals.drop_noise()
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        # The environment of its processes is the cluster's, not that of `nsl_dist/__init__.py`.
-        ray.init(
-            logging_level="warning",
-            log_to_driver=show_workers,
-            runtime_env={"env_vars": {"RAY_DATA_LOG_LEVEL": "WARNING"}},
-        )
-        return
-    ray.init(
-        address="local",
-        num_cpus=max(num_cpus, os.cpu_count() or 1),
-        include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level="warning",
-        log_to_driver=show_workers,
-    )
+    settings = {"logging_level": "warning", "log_to_driver": show_workers}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # The environment of its processes is the cluster's. Some of Ray Train's look for one, and may find another.
+        ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT | {"RAY_ADDRESS": address}}, **settings)
+    else:
+        with ray_internals.local_ray_environment():
+            ray.init(
+                address="local",
+                num_cpus=max(num_cpus, os.cpu_count() or 1),
+                include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
+                object_store_memory=OBJECT_STORE_BYTES,
+                **settings,
+            )
+    ray_internals.spend_actor_warning()
 
 
 def quiet_ray_data() -> None:
-    """Leave progress, in this process, to the plain lines of the jobs, and warnings to what a user can mend."""
+    """Leave progress, in this process, to the plain lines of the jobs, and warnings to what a user can fix."""
     import ray.data  # takes seconds, which an actor that reads nothing need not spend
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn of that
-    # It goes with Ray 2.64, and there is no other way yet to say where tasks are to run (`prefer_cpu_nodes`).
-    warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
+    # Ray Data reads the variable when it is imported, and then only in its own processes.
+    level = (ray_internals.DATA_ENVIRONMENT | os.environ)["RAY_DATA_LOG_LEVEL"]
+    logging.getLogger("ray.data").setLevel(level)
 
 
 def prefer_cpu_nodes() -> dict[str, Any]:
-    """Return options that keep Ray Data's tasks away from nodes with GPUs while others have room; its own do not."""
-    return {"scheduling_strategy": "DEFAULT"}
+    """Return options that keep Ray Data's tasks away from the nodes with GPUs of today while others have room."""
+    nodes = live_nodes()
+    with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
+    if not with_gpus or len(with_gpus) == sum("CPU" in node["Resources"] for node in nodes):
+        return {}
+    # Not by ray.io/accelerator-type, which lacks where Ray was told the number of GPUs, and has no "none".
+    return {
+        "label_selector": {"ray.io/node-id": f"!in({','.join(with_gpus)})"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
 
 
 def import_whole(module: str) -> None:
@@ -119,7 +126,7 @@ def submitted_at() -> float | None:
 
 def live_nodes() -> list[dict[str, Any]]:
     """Return what Ray says of the nodes that are alive, without those that are about to be taken away."""
-    draining = ray._private.state.state.get_draining_nodes()
+    draining = ray_internals.draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
@@ -139,12 +146,15 @@ def settle_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cud
 
 def _can_add(bundle: dict[str, float]) -> bool:
     """Return whether the autoscaler of a cluster says that it can make room for `bundle`; it may start a node."""
-    if "RAY_ADDRESS" not in os.environ or not _autoscaler().autoscaling_state.autoscaler_state_version:
+    if "RAY_ADDRESS" not in os.environ or not ray_internals.cluster_status().autoscaling_state.autoscaler_state_version:
         return False  # there is none
     with _reserving([bundle]) as group:
-        asked_at, deadline = _autoscaler().cluster_resource_state.cluster_resource_state_version, time.monotonic() + 60
+        asked_at, deadline = (
+            ray_internals.cluster_status().cluster_resource_state.cluster_resource_state_version,
+            time.monotonic() + 60,
+        )
         while not group.wait(POLL_SECONDS):
-            state = _autoscaler().autoscaling_state
+            state = ray_internals.cluster_status().autoscaling_state
             if state.last_seen_cluster_resource_state_version > asked_at:
                 return not _is_refused(group, state)
             if time.monotonic() > deadline:
@@ -180,7 +190,7 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
             return
         print(f"   waiting  up to {minutes:g} min for nodes, which its autoscaler is asked for", flush=True)
         while not group.wait(POLL_SECONDS):
-            reply = _autoscaler()
+            reply = ray_internals.cluster_status()
             state = reply.autoscaling_state
             if free_since is None or _is_busy():  # a cluster that is busy with other work is worth waiting for
                 free_since = reply.cluster_resource_state.cluster_resource_state_version
@@ -218,14 +228,7 @@ def _reserving(bundles: list[dict[str, float]]) -> Iterator[PlacementGroup]:
         remove_placement_group(group)
 
 
-def _autoscaler() -> GetClusterStatusReply:
-    """Return what the cluster and its autoscaler say of themselves; Ray's own summary leaves out what is refused."""
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
-    return reply
-
-
-def _is_refused(group: PlacementGroup, state: AutoscalingState) -> bool:
+def _is_refused(group: PlacementGroup, state: Any) -> bool:
     return any(group.id.hex() in request.details for request in state.infeasible_gang_resource_requests)
 
 

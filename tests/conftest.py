@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import nsl_dist  # noqa: F401  # before Ray is imported, which then stays on loopback
+from nsl_dist.ray_internals import LOCAL_ENVIRONMENT
 from tests.support.images import write_sop
 from tests.support.processes import ROOT
+
+os.environ |= LOCAL_ENVIRONMENT  # of every Ray that a test starts itself; Ray reads it when it is imported
 
 if TYPE_CHECKING:
     from selenium import webdriver

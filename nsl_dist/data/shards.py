@@ -329,7 +329,7 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
     tasks = [{"name": name, "start": start, "stop": stop} for name, start, stop in ranges]
     few = ray.data.TaskPoolStrategy(min(len(tasks), math.ceil(len(records) / IMAGES_PER_PROCESS)))
     written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        write, num_cpus=1, compute=few, ray_remote_args_fn=cluster.prefer_cpu_nodes
+        write, num_cpus=1, compute=few, **cluster.prefer_cpu_nodes()
     )
     reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
 

@@ -2,8 +2,6 @@
 
 import math
 import os
-import time
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +9,8 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.data._internal.execution import streaming_executor_state
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.interfaces import BlockSlice, RefBundle
-from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry
-from ray.data._internal.logical.interfaces import LogicalPlan
-from ray.data._internal.logical.operators import InputData
-from ray.data._internal.stats import DatasetStats
-from ray.data.block import BlockAccessor
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nsl_dist import cluster
+from nsl_dist import cluster, ray_internals
 from nsl_dist.config import DataConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import DamagedShardError, Split
@@ -44,28 +33,6 @@ def _yield_to_training() -> None:
     """Lower this thread's priority: on a core that both want, training goes first and batches wait ahead of it."""
     if os.getpriority(os.PRIO_PROCESS, 0) < DATA_NICENESS:
         os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
-
-
-class _Pace(ExecutionCallback):
-    """Fit the pace of Ray Data's scheduling loop to that of the trainers.
-
-    Its step waits until all tasks that run are done, for 0.1 s at most: so long a core would wait for its next one. And
-    it does not wait while finished batches wait for the trainers, which is the usual case: it would spend a core on
-    that, half of a small machine. So it looks often, and lets the core go after a step in which nothing happened, but
-    not where the trainers wait: a pause would delay the next tasks.
-    """
-
-    def __init__(self) -> None:
-        self._progress = -1
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = COMPLETION_SECONDS
-
-    def on_execution_step(self, executor: Any) -> None:
-        _yield_to_training()
-        metrics = [operator.metrics for operator in executor._topology]
-        progress = sum(each.num_tasks_submitted + each.num_task_outputs_generated for each in metrics)
-        if progress == self._progress and not executor._consumer_idling():
-            time.sleep(IDLE_SECONDS)
-        self._progress = progress
 
 
 def planned_batches(
@@ -133,35 +100,28 @@ def planned_batches(
     cluster.quiet_ray_data()
     context = ray.data.DataContext.get_current().copy()
     num_blocks = math.ceil((last_step - first_step) / num_steps) * world_size
-    # One block of all turns, of which each task is given its row. ray.data.range would put what each task reads into
-    # the object store before the first begins: a minute for 30,000.
-    turns = pa.table({"turn": np.arange(num_blocks)})
-    entry = BlockEntry(ray.put(turns), BlockAccessor.for_block(turns).get_metadata())
-    inputs = [
-        RefBundle((entry,), schema=turns.schema, owns_blocks=False, slices=(BlockSlice(turn, turn + 1),))
-        for turn in range(num_blocks)
-    ]
-    work: dict[str, Any] = {"fn": make_block, "num_cpus": TASK_CPUS, "ray_remote_args_fn": cluster.prefer_cpu_nodes}
-    if not spare_cpus:
+    turns = ray_internals.dataset_of_rows(pa.table({"turn": np.arange(num_blocks)}), context)
+    if spare_cpus:
+        work = {"fn": make_block, "num_cpus": TASK_CPUS, **cluster.prefer_cpu_nodes()}
+    else:
         # Ray ends processes beyond a node's CPUs after each task, but not an actor's. To those on a node that is about
-        # to be taken away Ray Data gives nothing more to do: so they are on all nodes.
-        nodes = deque(node["NodeID"] for node in cluster.live_nodes() if node["Resources"].get("CPU"))
-
-        def on_next_node() -> dict[str, Any]:
-            nodes.rotate()
-            return {"scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[0], soft=True)}
-
-        pool = ray.data.ActorPoolStrategy(size=world_size)
-        work = {"fn": MakeBlock, "num_cpus": 0, "compute": pool, "ray_remote_args_fn": on_next_node}
-    plan_of_turns = LogicalPlan(InputData(inputs), context)
-    dataset = ray.data.Dataset(plan_of_turns, context, DatasetStats(metadata={}, parent=None)).map_batches(
-        batch_size=None, **work
-    )
+        # to be taken away Ray Data gives nothing more to do: so they are on all nodes. Ray deals actors out to nodes in
+        # turn, but those that reserve nothing at random.
+        nodes = [node["NodeID"] for node in cluster.live_nodes() if node["Resources"].get("CPU")]
+        work = {
+            "fn": MakeBlock,
+            "num_cpus": 0,
+            "memory": 1,
+            "compute": ray.data.ActorPoolStrategy(size=world_size),
+            "label_selector": {"ray.io/node-id": f"in({','.join(nodes)})"},
+        }
+    dataset = turns.map_batches(batch_size=None, **work)
     block_bytes = num_steps * part_bytes
     context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
     context.memory_usage_poll_interval_s = None  # asking the kernel each second takes a quarter of a task's time
     context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Pace]
+    pace = ray_internals.pace(_yield_to_training, completion_seconds=COMPLETION_SECONDS, idle_seconds=IDLE_SECONDS)
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, pace]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=BLOCKS_AHEAD * world_size * block_bytes

@@ -74,7 +74,7 @@ def write_products(cache: str, spec: Spec | None = None) -> str:
     for split, num_classes in (("train", spec.train_classes), ("test", spec.test_classes)):
         class_ids = range(first_class, first_class + num_classes)
         rendered = ray.data.from_items([*class_ids], override_num_blocks=num_classes).map(
-            lambda row: _render_class(spec, row["item"], root), ray_remote_args_fn=cluster.prefer_cpu_nodes
+            lambda row: _render_class(spec, row["item"], root), **cluster.prefer_cpu_nodes()
         )
         lines = [SOP_HEADER]
         for row in sorted(rendered.iter_rows(), key=lambda row: row["class_id"]):

@@ -139,9 +139,7 @@ def _embedded(
     most_actors = min(num_gpus or max(1, cluster.totals()[0] // 2), most_batches)
     embedded = (
         ray.data.range(len(shards), override_num_blocks=min(len(shards), most_batches))
-        .map_batches(
-            _reader(shards, splits, config), batch_size=None, num_cpus=1, ray_remote_args_fn=cluster.prefer_cpu_nodes
-        )
+        .map_batches(_reader(shards, splits, config), batch_size=None, num_cpus=1, **cluster.prefer_cpu_nodes())
         .map_batches(
             _Embedder,
             fn_constructor_args=(weights and ray.put(weights), config, most_actors),

@@ -32,6 +32,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nsl_dist import ray_internals
 from nsl_dist.config import MOST_NEIGHBOURS, Kind, SearchConfig
 from nsl_dist.retrieval.image_search import Answer, PreparedGallery, Query, Searcher, prepare_gallery
 from nsl_dist.run import StoppedError
@@ -135,18 +136,6 @@ async def _first_file(request: Request, body: bytes) -> bytes:
     return b""
 
 
-def _keep_to_loopback() -> None:
-    """Let this replica take calls of other deployments, of which there are none, on loopback alone.
-
-    Ray Serve opens a port for them on all addresses, where whoever reaches it has his pickles loaded, and there is no
-    setting for it. A release that does it otherwise ends here with an AttributeError, or fails the test that looks.
-    """
-    from ray.serve._private import replica
-
-    add_port = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
-
-
 app = _make_app()
 
 
@@ -156,7 +145,7 @@ class SearchService:
     """A replica: the model, the index, and the routes."""
 
     def __init__(self, gallery: PreparedGallery, config: SearchConfig) -> None:
-        _keep_to_loopback()
+        ray_internals.keep_serve_to_loopback()
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # whoever sends a bad form is told of it
         self._searcher = Searcher(gallery, config)
         self._kinds: tuple[Kind, ...] = config.kinds

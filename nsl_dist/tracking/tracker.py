@@ -1,6 +1,7 @@
 """A run in MLflow. The driver owns it; workers send it their records."""
 
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -73,6 +74,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # it warns at length of a machine without git
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of each step of a new database
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import ray
 import ray.train
 import ray.train.collective
-import torch.distributed as dist
 from ray.util.queue import Queue
 
 from nsl_dist import cluster
@@ -36,14 +35,15 @@ class Agreement:
         self._asked_step, self._next_step = first_step, first_step + 1
         fewest, most = config.worker_range or (1, 1)
         self._elastic = most > fewest
-        self._worker_nodes: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(self._worker_nodes, ray.get_runtime_context().get_node_id())
         self._nodes = self._live_nodes()
+        self._going: set[str] = set()  # nodes of the workers that are about to be taken away
 
     def reached(self, step: int) -> Agreed:
         """Return what to do after `step` iterations."""
         if step < self._next_step:
             return Agreed()
+        notice = ray.train.get_preemption_info()  # the same for all: every worker asks
+        going = set(notice.preempted_node_ids) if notice is not None else set()
         answer = None
         if self._rank == 0:
             now = time.monotonic()
@@ -53,19 +53,19 @@ class Agreement:
             most = 2 * (step - self._asked_step)
             next_step = step + max(1, min(most, round(rate * AGREE_EVERY_SECONDS)))
             leave = not self._orders.empty()
-            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for. It
-            # passes on the notice of a node about to go, too, but seconds later than asking does.
+            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for.
             nodes, before = self._live_nodes(), self._nodes
-            grown, noticed = self._elastic and nodes - before, (before - nodes).intersection(self._worker_nodes)
+            grown = self._elastic and nodes - before
             self._nodes = nodes
             if nodes != before:
                 self._records.put(ClusterChanged(step, cluster.described()))
-            write = bool(due or noticed or grown or leave)
+            write = bool(due or going - self._going or grown or leave)
             if write:
                 self._written_at = now
             self._asked_at, self._asked_step = now, step
             # Of plain types: Ray Train's actor between the workers would have to import this module, and with it torch.
             answer = (write, leave, next_step)
+        self._going = going
         write, leave, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)
         return Agreed(checkpoint=write, leave=leave)
 

@@ -119,6 +119,7 @@ def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
     config = run.config
     assert config.worker_range is not None
     fewest, most = config.worker_range
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # a notice may come 30 s before its node goes
     if most > fewest:
         # After the loss of a node Ray Train still counts it at first, and waits a minute for room for as many workers.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")

@@ -30,6 +30,7 @@ from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data
 from nsl_dist.data.stream import planned_batches
+from nsl_dist.ray_internals import draining_nodes
 from nsl_dist.retrieval import sharded_search as search
 from nsl_dist.retrieval.gallery_shard import GalleryShard
 from tests.support.local_cluster import LocalCluster
@@ -121,7 +122,6 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
     def work() -> None:
         time.sleep(3600)  # an idle node would leave at once
 
-    draining = ray._private.state.state.get_draining_nodes
     ray.init(address="local", num_cpus=1)
     working = work.remote()
     server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
@@ -133,20 +133,20 @@ def test_notice_of_the_spot_market_drains_the_node() -> None:
     }
     try:
         for cloud, seconds_left in (("aws", 110), ("gcp", 25)):
-            before = draining()
+            before = draining_nodes()
             noticed.clear()
             asked.clear()
             watch = subprocess.Popen([ROOT / "cluster" / "spot_notice.sh", cloud], env=environment)
             try:
                 wait_until(lambda: len(asked) > 1, why=lambda: "it does not ask")
                 assert watch.poll() is None
-                assert draining() == before
+                assert draining_nodes() == before
                 noticed_at = time.time()
                 noticed.set()
                 assert watch.wait(PATIENCE) == 0
             finally:
                 watch.kill()
-            deadline = draining()[ray.get_runtime_context().get_node_id()] / 1000
+            deadline = draining_nodes()[ray.get_runtime_context().get_node_id()] / 1000
             assert noticed_at <= deadline - seconds_left <= time.time()
     finally:
         server.shutdown()

@@ -20,13 +20,11 @@ import kubernetes
 import pytest
 import yaml
 from moto import mock_aws
-from ray._private import ray_constants
-from ray._private.runtime_env.packaging import create_package
-from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 
 from nsl_dist import __version__
 from nsl_dist.commandline import parse_train_config
+from nsl_dist.ray_internals import aws_nodes, checked_cluster_file, pack_working_dir
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -45,8 +43,7 @@ def documents() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", UP_FILES)
 def test_ray_up_files(name: str) -> None:
-    config = prepare_config(load(name))
-    validate_config(config)
+    config = checked_cluster_file(load(name))
     kinds = dict(config["available_node_types"])
     head = kinds.pop(config["head_node_type"])
     assert head["resources"] == {"CPU": 0}
@@ -68,13 +65,13 @@ def test_ray_up_files(name: str) -> None:
 @pytest.mark.parametrize("name", UP_FILES)
 @pytest.mark.parametrize("place", [(), ("docker",), ("available_node_types", "data")])
 def test_misspelt_fields_of_ray_up_files_are_refused(name: str, place: tuple[str, ...]) -> None:
-    config = prepare_config(load(name))
+    config = checked_cluster_file(load(name))
     inner = config
     for key in place:
         inner = inner[key]
     inner["max_wrokers"] = 3
     with pytest.raises(jsonschema.ValidationError, match="max_wrokers"):
-        validate_config(config)
+        checked_cluster_file(config)
 
 
 @pytest.fixture
@@ -106,15 +103,9 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, A
 
 
 def test_aws_starts_and_ends_every_kind_of_node(aws: dict[str, Any]) -> None:
-    from ray.autoscaler._private.aws.config import bootstrap_aws
-    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
-
-    config = prepare_config(copy.deepcopy(aws))
-    validate_config(config)
-    config = bootstrap_aws(config)
+    config, provider = aws_nodes(checked_cluster_file(copy.deepcopy(aws)))
     region = config["provider"]["region"]
     ec2 = boto3.client("ec2", region)
-    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     for name, kind in config["available_node_types"].items():
         tags = {TAG_RAY_NODE_KIND: "worker", TAG_RAY_NODE_NAME: name, TAG_RAY_USER_NODE_TYPE: name}
         provider.create_node(kind["node_config"], tags, 1)
@@ -257,8 +248,7 @@ def test_what_travels_with_a_job_is_small_and_code_alone(tmp_path: Path) -> None
     for heavy in ("left.parquet", "my_images/cup/1.jpg", ".venv/lib/torch.so", "runs/embedder.onnx"):
         (tmp_path / heavy).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / heavy).write_bytes(os.urandom(2**20))
-    excludes = ray_constants.get_runtime_env_default_excludes()
-    create_package(str(tmp_path), tmp_path / "package.zip", include_gitignore=True, excludes=excludes)
+    pack_working_dir(tmp_path, tmp_path / "package.zip")
     names = zipfile.ZipFile(tmp_path / "package.zip").namelist()
     assert {name.partition("/")[0] for name in names} == {"nsl_dist", "jobs"}
     assert "nsl_dist/retrieval/sharded_search.py" in names
