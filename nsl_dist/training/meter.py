@@ -1,4 +1,4 @@
-"""Throughput of a training, as one worker sees it."""
+"""Training throughput as measured by one worker."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Meter:
-    """Throughput, share of the time spent waiting for data, and time left, which the first batch tells nothing of."""
+    """Measures throughput, share of time spent waiting for data, and time left (excluding the slow first batch)."""
 
     def __init__(self, first_step: int, num_steps: int, batch_size: int) -> None:
         self._first_step = first_step
