@@ -1,4 +1,4 @@
-"""Steps on a GPU, on tensors that are there already, and JPEGs decoded on it: a part of jobs/bench/train.py."""
+"""Part `gpu` of jobs/bench/train.py: training steps on tensors in GPU memory, and JPEG decoding on the GPU."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from nsl_dist.data.transforms import decode, normalise
 from nsl_dist.training.step import TrainingStep
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-# Of dense bfloat16 products, FLOP/s, by what the makers' data sheets say; the first whose words are in the GPU's name.
+# Peak dense bfloat16 FLOP/s according to data sheets. The first key whose words are in the GPU's name applies.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
@@ -33,7 +33,7 @@ PEAKS = {
 def median_seconds(
     contestants: dict[str, Callable[[int], object]], turns: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the median seconds of a step; each turn is of 10, one after the other without a pause."""
+    """Return the median seconds of a step; each turn runs 10 steps back to back."""
     steps: dict[str, Iterator[int]] = {name: itertools.count() for name in contestants}
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(1 + turns):
@@ -48,7 +48,7 @@ def median_seconds(
 
 
 def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callable[[int], object]]:
-    """Return plain steps by precision, memory format, compiler and optimiser."""
+    """Return plain PyTorch steps by precision, memory format, compiler and optimiser."""
     contestants: dict[str, Callable[[int], object]] = {}
     config, device = work.config, work.device
     half, last, first = torch.bfloat16, torch.channels_last, torch.contiguous_format
@@ -57,7 +57,7 @@ def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callabl
         (half, last, False, False), (half, last, False, True), (half, last, True, False), (half, last, True, True),
     ):  # fmt: skip
         if compiled and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-            continue  # torch.compile needs one
+            continue  # torch.compile needs a C compiler
         classifier = Classifier(config, work.split.num_classes).to(device).train()
         classifier.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         forward = torch.compile(classifier) if compiled else classifier
@@ -72,14 +72,14 @@ def plain_steps(work: Work, images: Tensor, labels: Tensor) -> dict[str, Callabl
 
 
 def time_steps(work: Work, turns: int, proxy_classes: int) -> tuple[dict[str, float], int]:
-    """Return median seconds of a step by contestant, and FLOPs of forward and backward."""
+    """Return the median seconds of each step, and the FLOPs of forward and backward pass."""
     config, device, batch_size = work.config, work.device, work.plan.batch_size
     size = config.data.image_size
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     labels_B = work.plan.batch(0).labels
     contestants = plain_steps(work, images, torch.from_numpy(labels_B).to(device))
 
-    # As the training loop does it: the next step's proxies are drawn while the device works.
+    # Like the training loop: sample the next step's proxies while the device is busy.
     def ours(training: TrainingStep, labels: Callable[[int], np.ndarray[Any, Any]], step: int) -> None:
         training.run(images, labels(step), step=step)
         training.proxies.prefetch(labels(step + 1), step=step + 1)
@@ -114,7 +114,7 @@ def time_steps(work: Work, turns: int, proxy_classes: int) -> tuple[dict[str, fl
 
 
 def decode_rates(work: Work, turns: int) -> dict[str, float]:
-    """Return JPEGs decoded a second, by one core and by the GPU."""
+    """Return the number of JPEGs decoded per second by one core and by the GPU."""
     import torchvision
 
     bags = [work.split.read_bag(label, ["image"])["image"] for label in range(min(32, work.split.num_classes))]

@@ -249,7 +249,7 @@ class ProxyMatrix:
         if embeddings_B.all():
             raise FloatingPointError(
                 f"step {step}: class proxies are nan or infinite although all embeddings are finite; start "
-                "a new run with a lower --optim.lr or --proxies.lr-scale"
+                "another run with a lower --optim.lr or --proxies.lr-scale"
             )
         images = np.flatnonzero(~embeddings_B)
         per_worker = len(embeddings_B) // self.partition.world_size
@@ -258,6 +258,6 @@ class ProxyMatrix:
             f"{count} of the {per_worker} of worker {rank}" for rank, count in zip(ranks, counts, strict=True)
         )
         raise FloatingPointError(
-            f"step {step}: embeddings are nan or infinite: {counted}; start a new run with a lower "
+            f"step {step}: embeddings are nan or infinite: {counted}; start another run with a lower "
             "--optim.lr, or inspect these images"
         )
