@@ -6,8 +6,8 @@ r"""Benchmark time and memory of exact retrieval, compared with faiss and pytorc
 
 Random unit vectors in planted classes of five search for their k nearest neighbours among each other; by default there
 are as many as in the test split of Stanford Online Products. `ours_float` and `ours_binary` are `nsl_dist.retrieval`,
-from embeddings on disk to recall, R-precision and MAP@R; the time includes starting actors but not Ray. `faiss_flat` and
-`faiss_binary` do the same in one process with one IndexFlatIP or IndexBinaryFlat and a single search. `pml` is the
+from embeddings on disk to recall, R-precision and MAP@R; the time includes starting actors but not Ray. `faiss_flat`
+and `faiss_binary` do the same in one process with one IndexFlatIP or IndexBinaryFlat and a single search. `pml` is the
 AccuracyCalculator of pytorch-metric-learning (extra `bench`) with precision@1, R-precision and MAP@R on vectors in
 memory, measured on --pml-queries queries and scaled up to all.
 
@@ -70,7 +70,7 @@ class BenchConfig:
             raise ValueError(f"--num-queries {self.num_queries} must be in 1 to --num-vectors {self.num_vectors}")
         if not IMAGES_PER_CLASS - 1 <= self.k < self.num_vectors:
             raise ValueError(
-                f"--k {self.k} must be at least {IMAGES_PER_CLASS - 1}, the number of matches of a query, and less than "
+                f"--k {self.k} must be at least {IMAGES_PER_CLASS - 1}, the matches of a query, and less than "
                 f"--num-vectors {self.num_vectors}"
             )
 
