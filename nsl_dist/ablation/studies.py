@@ -82,7 +82,7 @@ def class_sampling(base: TrainConfig) -> Study:
 
     def loses_less_than_a_point(suffix: str, how: str) -> Claim:
         return Claim(
-            f"With 10% of the classes in each iteration, {how}, recall@1 drops by less than a point",
+            f"With 10% of the classes in each iteration, {how}, recall@1 falls by less than a point",
             lambda scores: scores[f"rate-0.1{suffix}", "float"] - scores["rate-1", "float"],
             of="Recall@1 with 10% minus recall@1 with all",
             above=-1,
