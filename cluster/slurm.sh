@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A training under Slurm: one Ray node on each of the machines, for as long as the job lasts.
+# Training under Slurm: starts one Ray node per machine for the duration of the job.
 #
 #   sbatch --nodes 2 cluster/slurm.sh --recipe sop_resnet50 --run-name sop --data.batch-size 80 \
 #       --data.root /shared/sop_shards --storage /shared/nsl_dist
 #
-# From the root of the repository, on a file system that all machines share, after `make setup` there. Two minutes before
-# its time is over the job writes a checkpoint and is queued again, to go on: give it --run-name. So too before it is
-# preempted, where Slurm is set to say so (PreemptParameters=send_user_signal); else it goes on from its last checkpoint.
+# Submit it from the root of the repository, on a file system shared by all machines, after `make setup`. Two minutes
+# before its time limit the job writes a checkpoint and is requeued; --run-name is required for it to resume. The same
+# happens before preemption if Slurm is configured to signal it (PreemptParameters=send_user_signal); otherwise the
+# requeued job resumes from its last checkpoint.
 #SBATCH --job-name=nsl_dist
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
@@ -19,17 +20,17 @@ set -euo pipefail
 
 cd "$SLURM_SUBMIT_DIR"
 PATH=$PWD/.venv/bin:$PATH
-# A token of this job alone: whoever else is on these machines cannot reach its Ray.
+# A token for this job only, so that other users of these machines cannot access its Ray cluster.
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export PATH RAY_AUTH_MODE RAY_AUTH_TOKEN
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-HEAD=$(head --lines 1 <<< "$NODES") # where this script runs
+HEAD=$(head --lines 1 <<< "$NODES") # this script runs here
 ADDRESS=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
 CPUS=${SLURM_CPUS_PER_TASK:-$(nproc)}
 GPUS=${SLURM_GPUS_ON_NODE:-0}
 export RAY_ADDRESS=$ADDRESS:$((20000 + SLURM_JOB_ID % 10000))
-export SRUN_CPUS_PER_TASK=$CPUS # which srun does not take over by itself
+export SRUN_CPUS_PER_TASK=$CPUS # srun does not inherit it
 
 srun --nodes 1 --ntasks 1 --nodelist "$HEAD" ray start --head --block --node-ip-address "$ADDRESS" \
   --port "${RAY_ADDRESS##*:}" --dashboard-host 127.0.0.1 --num-cpus "$CPUS" --num-gpus "$GPUS" &
@@ -43,7 +44,7 @@ if ((SLURM_NNODES > 1)); then
     ray start --block --address "$RAY_ADDRESS" --num-cpus "$CPUS" --num-gpus "$GPUS" &
 fi
 
-# A worker for each GPU, unless the arguments say otherwise; the training waits until all nodes have joined.
+# One worker per GPU unless the arguments override it; training waits until all nodes have joined.
 WORKERS=()
 if ((GPUS > 0)); then WORKERS=(--num-workers $((SLURM_NNODES * GPUS))); fi
 python jobs/train_sop.py "${WORKERS[@]}" "$@" &
@@ -52,7 +53,7 @@ SIGNALLED=
 trap 'SIGNALLED=1; kill -TERM $TRAINING' USR1
 status=0
 wait $TRAINING || status=$?
-if [[ $SIGNALLED ]]; then # which ended that wait; the training writes its checkpoint
+if [[ $SIGNALLED ]]; then # the signal ended the first wait; training is writing its checkpoint
   status=0
   wait $TRAINING || status=$?
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Waits, on a node from the spot market, until its cloud says that it is about to be taken away, and tells Ray: trainings
-# then write a checkpoint, and nothing new comes to this node. `ray up` starts it (see ray_cluster.yaml).
+# Runs on spot nodes. Waits for the cloud's preemption notice and drains the Ray node, so that trainings write a
+# checkpoint and no new work is scheduled on it. Started by `ray up` (see ray_cluster.yaml).
 #
 #   cluster/spot_notice.sh aws|gcp
 set -euo pipefail
@@ -10,16 +10,16 @@ read_from() { wget --quiet --output-document=- --timeout=5 --tries=1 "$@"; }
 case ${1-} in
   aws)
     METADATA=${METADATA:-http://169.254.169.254}/latest
-    SECONDS_LEFT=110 # of two minutes
+    SECONDS_LEFT=110 # AWS gives two minutes
     is_noticed() {
       local token
       token=$(read_from --method=PUT --header="X-aws-ec2-metadata-token-ttl-seconds: 60" "$METADATA/api/token") &&
-        read_from --header="X-aws-ec2-metadata-token: $token" "$METADATA/meta-data/spot/instance-action" # or 404
+        read_from --header="X-aws-ec2-metadata-token: $token" "$METADATA/meta-data/spot/instance-action" # 404 until then
     }
     ;;
   gcp)
     METADATA=${METADATA:-http://169.254.169.254}/computeMetadata/v1
-    SECONDS_LEFT=25 # of half a minute
+    SECONDS_LEFT=25 # Google Cloud gives 30 seconds
     is_noticed() {
       read_from --header="Metadata-Flavor: Google" "$METADATA/instance/preempted" | grep TRUE
     }

@@ -1,11 +1,11 @@
-r"""Repeat a study of the paper: train its settings with several seeds, and say whether the finding holds.
+r"""Repeat a study of the paper: train its settings with several seeds and report whether its claims hold.
 
     python jobs/ablate.py layer-norm --data.root Stanford_Online_Products --recipe sop_resnet50_512
 
 STUDY is class-sampling (figure 4), layer-norm (figure 3), dimension (figure 2), images-per-class (a table) or
-temperature. --seeds 0 1 2 are the seeds of each setting (default: 0 1); --at-once N trials share the cluster (default:
-as many as it has room for; 2 on this machine alone). All other flags are those of jobs/train_sop.py and hold for all
-settings. The same command with the study's --run-name goes on where it was interrupted.
+temperature. --seeds sets the seeds of each setting (default: 0 1). --at-once sets the number of parallel trials
+(default: as many as the cluster has room for, or 2 on a single machine). All other flags are those of jobs/train_sop.py
+and apply to all settings. The same command with the study's --run-name resumes an interrupted study.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     if arguments.study is None:
         raise ValueError(f"say which study: {', '.join(STUDIES)}")
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
-        raise ValueError(f"--seeds {' '.join(map(str, arguments.seeds))} must be distinct, and not negative")
+        raise ValueError(f"--seeds {' '.join(map(str, arguments.seeds))} must be distinct and not negative")
     if arguments.at_once is not None and arguments.at_once < 1:
         raise ValueError(f"--at-once {arguments.at_once} must be at least 1")
 

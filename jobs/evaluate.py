@@ -1,10 +1,10 @@
 r"""Evaluate a checkpoint: recall@K, R-precision, MAP@R and NMI of float and binary embeddings on unseen classes.
 
-The newest checkpoint of a run, on the data of its training:
+The newest checkpoint of a run, on the data it was trained on:
 
     python jobs/evaluate.py --checkpoint ~/nsl_dist/runs/NAME
 
-On a cluster, into the MLflow run of the training, with 95% intervals:
+On a cluster, with 95% confidence intervals, logged as a child of the training's MLflow run:
 
     ray job submit --working-dir . -- python jobs/evaluate.py --checkpoint s3://bucket/nsl_dist/runs/NAME \
         --data.root s3://bucket/sop_shards --storage s3://bucket/nsl_dist --run-id ID --eval.intervals

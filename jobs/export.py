@@ -1,10 +1,10 @@
-r"""Hand a trained model on.
+r"""Export a trained model.
 
-Into MLflow's model registry:
+To MLflow's model registry:
 
     python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --register sop
 
-To a file of ONNX, checked against torch:
+To an ONNX file, verified against torch:
 
     python jobs/export.py --checkpoint ~/nsl_dist/runs/NAME/best --onnx sop.onnx
 """
@@ -20,24 +20,23 @@ from nsl_dist.commandline import run_job
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """What to hand on, and where to."""
+    """What to export, and where."""
 
     checkpoint: str
     """Folder or URI of a checkpoint, or of a run's `best`."""
     register: str | None = None
-    """Name in MLflow's model registry, where the model becomes a new version, loadable with mlflow.pyfunc and
-    mlflow.pytorch."""
+    """Name in MLflow's model registry. The new version can be loaded with mlflow.pyfunc and mlflow.pytorch."""
     onnx: Path | None = None
-    """File to write as ONNX: uint8 images [N, 3, size, size] to unit vectors [N, dim]; checked against torch."""
+    """ONNX file to write, from uint8 images [N, 3, size, size] to unit vectors [N, dim]; verified against torch."""
     storage: str = "~/nsl_dist"
-    """Folder or URI of the training, where MLflow's database is unless --tracking-uri says otherwise."""
+    """Folder or URI of the training, which contains MLflow's database unless --tracking-uri is set."""
     tracking_uri: str | None = None
-    """MLflow server or database. None: that of MLFLOW_TRACKING_URI, else sqlite:///STORAGE/mlflow.db, or
-    ~/nsl_dist/mlflow.db where storage is remote."""
+    """MLflow server or database. If None, MLFLOW_TRACKING_URI if set, else sqlite:///STORAGE/mlflow.db, or
+    ~/nsl_dist/mlflow.db if the storage is remote."""
 
 
 def main() -> None:
-    """Parse, write, say where."""
+    """Parse, export, print where to."""
     config = tyro.cli(ExportConfig, description=__doc__)
     checkpoint = storage.absolute(config.checkpoint).rstrip("/")
     if config.register is None and config.onnx is None:

@@ -1,4 +1,4 @@
-"""Write a data set as Parquet shards of class bags, for training and evaluation to stream from.
+"""Convert a data set to Parquet shards of class bags, from which training and evaluation stream.
 
 python jobs/prepare_shards.py --layout sop --root Stanford_Online_Products --out s3://bucket/sop_shards
 """
@@ -19,18 +19,18 @@ class PrepareConfig:
     root: str
     """Folder or URI of the unpacked data set."""
     out: str
-    """Folder or URI for the shards; on a cluster, one that all nodes can reach."""
+    """Folder or URI for the shards. On a cluster, all nodes must be able to reach it."""
     layout: Layout | None = None
-    """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or a folder of images for each
-    class, the first half of them for training. None: recognised by its files."""
+    """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or one folder of images per
+    class (the first half of the classes is for training). If None, it is detected from the files."""
     max_undecodable: float = 0.01
-    """Share of the images that may fail to decode; they are listed in the manifest and left out."""
+    """Fraction of the images that may fail to decode. They are listed in the manifest and skipped."""
     wait_for_nodes: float = 15.0
-    """Minutes to wait at the start for a cluster to have room: its autoscaler is asked for the nodes."""
+    """Minutes to wait at the start for missing nodes, which are requested from the autoscaler."""
 
 
 def main() -> None:
-    """Read the records, write the shards, say what they hold."""
+    """Read the records, write the shards, print a summary."""
     config = tyro.cli(PrepareConfig, args=sys.argv[1:], description=__doc__)
 
     from nsl_dist import cluster

@@ -3,9 +3,9 @@ r"""Train the paper's recipe for a data set, evaluate it, and print our results 
     python jobs/reproduce.py --data.root Stanford_Online_Products
     python jobs/reproduce.py --data.root cars196 --recipe cars196_resnet50_512
 
-Without --recipe it is ResNet-50 at 2048 dimensions for the layout of the data. All other flags are those of
-jobs/train_sop.py; those that make another recipe of it are named beside the results. --json prints an object a line:
-the results, and the comparison, which is also in published.json of the run's folder.
+Without --recipe, it trains ResNet-50 at 2048 dimensions for the layout of the data. All other flags are those of
+jobs/train_sop.py; those that change the recipe are listed below the results. --json prints two lines, the results and
+the comparison. The comparison is also written to published.json in the run's folder.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from nsl_dist.retrieval.results import EvaluationResults
 
 
 def recipe_of(arguments: list[str]) -> str:
-    """Return the recipe that the command line names, or that of its data.
+    """Return the recipe given on the command line, or the default for its data.
 
     Raises:
-        ValueError: neither is there, or nothing is published of the recipe.
+        ValueError: both are missing, or the recipe has no published results.
 
     """
     from nsl_dist.data.shards import layout_of
@@ -36,16 +36,16 @@ def recipe_of(arguments: list[str]) -> str:
     named = vars(first.parse_known_args(arguments)[0])
     root, recipe = named["data.root"], named["recipe"]
     if root is None:
-        raise ValueError("give the folder of the data set, or shards of it, as --data.root")
+        raise ValueError("set --data.root to the folder of the data set or to its shards")
     if recipe is None:
         recipe = f"{layout_of(root, named['data.layout'] or named['layout'])}_resnet50"
     if recipe not in FIGURES:
-        raise ValueError(f"nothing is published of recipe {recipe}; choose --recipe of {', '.join(FIGURES)}")
+        raise ValueError(f"recipe {recipe} has no published results; set --recipe to one of {', '.join(FIGURES)}")
     return str(recipe)
 
 
 def compare(results: EvaluationResults, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return a row for each published figure, all in %; `ours` is None where it was not measured."""
+    """Return a row for each published figure, in %; `ours` is None if it was not measured."""
     rows = []
     for published in FIGURES[config.recipe]:
         named = {f"R@{k}": (value, results.recall[published.kind].get(k)) for k, value in published.recall.items()}
@@ -67,13 +67,13 @@ def compare(results: EvaluationResults, config: TrainConfig) -> list[dict[str, A
 
 
 def table(rows: list[dict[str, Any]], changed: list[str]) -> str:
-    """Return the comparison for a person."""
+    """Format the comparison as a table."""
     lines = [f"{'':16}{'':8}{'':8}{'published':>10}{'ours':>8}{'difference':>12}"]
     for row in rows:
         ours = f"{row['ours']:8.2f}{row['difference']:+12.2f}" if row["ours"] is not None else f"{'-':>8}{'-':>12}"
         lines.append(f"{row['source']:16}{row['kind']:8}{row['metric']:8}{row['published']:10.2f}{ours}")
     if changed:
-        lines.append(f"not the published recipe: {'; '.join(changed)}")
+        lines.append(f"changed from the published recipe: {'; '.join(changed)}")
     return "\n".join(lines)
 
 

@@ -1,19 +1,19 @@
-r"""Search a gallery of images by image: over HTTP with a page, or in the terminal.
+r"""Search a gallery of images by image, over HTTP with a web page or in the terminal.
 
-Serve a folder of images, with the newest checkpoint of a run; the page is at http://127.0.0.1:8000:
+Serve a folder of images with the newest checkpoint of a run; the page is at http://127.0.0.1:8000:
 
     python jobs/search.py --checkpoint ~/nsl_dist/runs/NAME --gallery ~/pictures
     curl --data-binary @photo.jpg 'http://127.0.0.1:8000/search?kind=float&k=10'
 
-Shards, or a data set of a known layout, have a split that is searched: that of an evaluation, or another:
+For shards or a data set of a known layout, the split used by evaluations is searched, or another one:
 
     python jobs/search.py --checkpoint ~/nsl_dist/runs/NAME --gallery s3://bucket/sop_shards --split train --port 8080
 
-The neighbours of some images in the terminal, without a server:
+Print the neighbours of some images in the terminal, without a server:
 
     python jobs/search.py --checkpoint ~/nsl_dist/runs/NAME --gallery ~/pictures --query photo.jpg other.png
 
-The service needs the extra `serve` (ray[serve], python-multipart). Ctrl-C ends it, with exit status 130.
+The service needs the extra `serve` (ray[serve], python-multipart). Ctrl-C stops it with exit status 130.
 """
 
 import tyro

@@ -1,8 +1,8 @@
-r"""Train on CARS196 and evaluate on its unseen classes: the paper's recipe.
+r"""Train the paper's recipe on CARS196 and evaluate it on unseen classes.
 
     python jobs/train_cars196.py --data.root cars196
 
-From scratch on small images, to try it on a machine without a GPU:
+From scratch on small images, to try it without a GPU:
 
     python jobs/train_cars196.py --data.root cars196 --recipe laptop
 """

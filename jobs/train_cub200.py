@@ -1,8 +1,8 @@
-r"""Train on CUB-200-2011 and evaluate on its unseen classes: the paper's recipe.
+r"""Train the paper's recipe on CUB-200-2011 and evaluate it on unseen classes.
 
     python jobs/train_cub200.py --data.root CUB_200_2011
 
-From scratch on small images, to try it on a machine without a GPU:
+From scratch on small images, to try it without a GPU:
 
     python jobs/train_cub200.py --data.root CUB_200_2011 --recipe laptop
 """

@@ -1,8 +1,8 @@
-r"""Train on In-Shop Clothes Retrieval and evaluate on its unseen clothes: the paper's recipe.
+r"""Train the paper's recipe on In-Shop Clothes Retrieval and evaluate it on unseen clothes.
 
     python jobs/train_inshop.py --data.root inshop
 
-From scratch on small images, to try it on a machine without a GPU:
+From scratch on small images, to try it without a GPU:
 
     python jobs/train_inshop.py --data.root inshop --recipe laptop
 """

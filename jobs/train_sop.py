@@ -1,6 +1,6 @@
-r"""Train on Stanford Online Products and evaluate on its unseen products.
+r"""Train on Stanford Online Products and evaluate on unseen products.
 
-On this machine, on built-in synthetic products, in minutes:
+On this machine with built-in synthetic products, in a few minutes:
 
     python jobs/train_sop.py
 

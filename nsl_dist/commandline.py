@@ -1,4 +1,4 @@
-"""Recipes, flags and errors of the jobs' command lines."""
+"""Command lines of the jobs: recipes, flags and error handling."""
 
 import argparse
 import dataclasses
@@ -12,23 +12,23 @@ from nsl_dist.progress import Output, output
 from nsl_dist.recipes import RECIPES
 from nsl_dist.run import StoppedError, TrainingError
 
-OUTPUT_FLAGS = "--quiet prints results and errors alone; --json prints the results as JSON, all else to stderr."
+OUTPUT_FLAGS = "--quiet prints only results and errors; --json prints results as JSON and everything else to stderr."
 
 
 def parse_train_config(
     arguments: list[str], *, description: str, recipe: str = "laptop", layout: Layout | None = None
 ) -> TrainConfig:
-    """Return the recipe named by `--recipe` with the other flags applied.
+    """Apply the command line to the recipe named by `--recipe`.
 
     Args:
-        arguments: of the command line.
-        description: printed by `--help`.
-        recipe: where the command line names none.
-        layout: of the job's data set, None for any; `--layout` overrides it.
+        arguments: command line without the program name.
+        description: text for `--help`.
+        recipe: default recipe.
+        layout: layout of the job's data set, or None for any; `--layout` overrides it.
 
     Raises:
-        ValueError: the job's data set has no root.
-        SystemExit: `--help`, a flag that does not exist, or a value out of range.
+        ValueError: `layout` is given but `--data.root` is not.
+        SystemExit: `--help` was given, a flag is unknown, or a value is out of range.
 
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -39,24 +39,24 @@ def parse_train_config(
         TrainConfig, args=spell_out(arguments), default=default, description=f"{description}\n{OUTPUT_FLAGS}"
     )
     if layout is not None and config.data.root is None:
-        raise ValueError(f"give the folder of the data set (layout {layout}), or shards of it, as --data.root")
+        raise ValueError(f"set --data.root to the folder of the data set (layout {layout}) or to its shards")
     return config
 
 
 def spell_out(arguments: list[str]) -> list[str]:
-    """Let `--layout` stand for `--data.layout`, as in the jobs that only take a root."""
+    """Replace `--layout`, the short form, by `--data.layout`."""
     return [f"--data.{each[2:]}" if each.partition("=")[0] == "--layout" else each for each in arguments]
 
 
 def run_job(main: Callable[[], None], *, shows_results: bool = False) -> None:
-    """Run a job; what a user can mend ends it with one line instead of a stack trace.
+    """Run a job; errors that a user can fix are printed as one line instead of a stack trace.
 
-    Exit status 2: bad input; 1: training that cannot go on; 128 + signal: stopped, and can go on.
+    The exit status is 2 for bad input, 1 if training cannot continue, and 128 + signal if the job was stopped and can
+    be resumed.
 
     Args:
-        main: reads the command line.
-        shows_results: `main` calls `show_results`. Then `--quiet` leaves out all but those and errors; `--json` prints
-            the results as JSON, all else to stderr.
+        main: parses the command line and does the work.
+        shows_results: whether `main` calls `show_results`, so that `--quiet` and `--json` apply (see `OUTPUT_FLAGS`).
 
     """
     choice: Output = "full"

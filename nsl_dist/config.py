@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen, validated, every field with its unit. Recipes fill it in; flags override it."""
+"""Configuration of the jobs: frozen, validated dataclasses. Recipes set the values; flags override them."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cattrs.errors import CattrsError
 from cattrs.preconf.json import make_converter
 
-MOST_NEIGHBOURS = 1000  # of one query to jobs/search.py
+MOST_NEIGHBOURS = 1000  # per query in jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 Kind = Literal["float", "binary"]  # of embeddings: unit vectors, or the signs of their coordinates
 
@@ -20,39 +20,40 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images, and how batches are made of them."""
+    """Images, augmentation and batches."""
 
     root: str | None = None
     """Folder or URI of a raw data set (sharded once into --storage, cached by digest) or of shards written by
-    jobs/prepare_shards.py. None: built-in synthetic products."""
+    jobs/prepare_shards.py. If None, built-in synthetic products are used."""
     layout: Layout | None = None
-    """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or a folder of images for each
-    class, the first half of them for training. None: recognised by its files."""
+    """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or one folder of images per
+    class (the first half of the classes is for training). If None, it is detected from the files."""
     batch_size: int = 80
-    """Images in a global batch, over all workers."""
+    """Images in a global batch, summed over all workers."""
     images_per_class: int | None = 5
-    """Images of each class in a batch, drawn with replacement; batch-size / images-per-class distinct classes. None:
-    distinct images, whatever their classes."""
+    """Images per class in a batch, drawn with replacement; a batch has batch-size / images-per-class distinct classes.
+    If None, a batch is distinct images of any class."""
     image_size: int = 64
-    """Edge of the square crop that the model sees, pixels."""
+    """Width and height of the model's input, in pixels."""
     crop_ratio: float = 0.875
-    """Edge of the crop as a share of the edge that images are resized to (aspect ignored): 224 / 256 in the paper."""
+    """Input size divided by the size that images are resized to before cropping (aspect ratio is ignored); 224 / 256 in
+    the paper."""
     crop_area: float | None = None
-    """Training images are cut to a random share of their area, from this one to all of it, at a ratio of width to
-    height between 3/4 and 4/3, and resized. None: a crop of --data.crop-ratio, as in the paper."""
+    """Smallest area of a random resized crop, as a fraction of the image; the aspect ratio is drawn from 3/4 to 4/3. If
+    None, training crops have a fixed size given by --data.crop-ratio, as in the paper."""
     flip: bool = True
-    """Mirror half of the training images."""
+    """Flip training images horizontally with probability 0.5."""
     rotation: float = 0.0
-    """Training images are rotated by up to this many degrees either way."""
+    """Maximum random rotation of training images, in degrees either way."""
     scale: float = 0.0
-    """Training images are scaled by up to this share either way."""
+    """Maximum random change of scale of training images, as a fraction either way."""
     shear: float = 0.0
-    """Training images are sheared by up to this many degrees either way."""
+    """Maximum random shear of training images, in degrees either way."""
     max_undecodable: float = 0.01
-    """Share of the images that may fail to decode when a raw folder is sharded; they are listed and left out."""
+    """Fraction of the images that may fail to decode while a raw folder is sharded. They are listed and skipped."""
     max_damaged_shards: int = 0
-    """Shards that may turn out damaged or missing in mid-run; more stop it. The workers start again, which counts among
-    --max-failures, and from then on no batch has their classes."""
+    """Number of shards that may turn out damaged or missing during a run. Workers restart without the classes of such a
+    shard, which counts towards --max-failures."""
 
     def __post_init__(self) -> None:
         _require(self.max_damaged_shards >= 0, f"--data.max-damaged-shards {self.max_damaged_shards} must be >= 0")
@@ -74,30 +75,31 @@ class DataConfig:
 
     @property
     def resized_edge(self) -> int:
-        """Edge that images are resized to before the crop, pixels."""
+        """Width and height that images are resized to before cropping, in pixels."""
         return round(self.image_size / self.crop_ratio)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Backbone, pooling, LayerNorm, linear, L2."""
+    """The embedding model: backbone, pooling, neck, linear layer, L2 normalisation."""
 
     backbone: str = "resnet18"
-    """Any torchvision classification model whose last layer is linear, by torchvision's own name; or, where timm is
-    installed (extra `timm`), any of its models: timm/vit_base_patch16_224."""
+    """Name of a torchvision classification model whose last layer is linear, or, with the extra `timm`, of any timm
+    model: timm/vit_base_patch16_224."""
     weights: str | None = None
-    """Pretrained weights by torchvision's name (IMAGENET1K_V1, DEFAULT, ...), or DEFAULT of a timm model; or a
-    state_dict file. None: random."""
+    """Pretrained weights: a torchvision name (IMAGENET1K_V1, DEFAULT, ...), DEFAULT for a timm model, or a state_dict
+    file. If None, weights are random."""
     pooling: Literal["max", "gem"] | None = None
-    """In place of the mean over the last feature map its maximum, or a generalised mean whose exponent is learned.
-    None: what the backbone does itself."""
+    """Replacement for the mean over the last feature map: its maximum, or a generalised mean (GeM) with a learned
+    exponent. If None, the backbone keeps its own pooling."""
     neck: Literal["layer_norm", "batch_norm"] | None = "layer_norm"
-    """What normalises the pooled features, without learned scale and bias: each image's own, as in the paper; or each
-    feature over the batch. None: nothing."""
+    """Normalisation of the pooled features, without learned scale and bias: layer_norm, as in the paper, or batch_norm.
+    If None, features are not normalised."""
     dim: int = 128
-    """Embedding dimensions; equal to the backbone's feature width leaves the linear layer out."""
+    """Embedding dimensions. The linear layer is omitted if this equals the backbone's feature width."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
-    """Batch statistics of each worker's own part, of the global batch (GPUs only), or none: frozen running ones."""
+    """Statistics of the backbone's batch norm: of each worker's images (local), of the global batch (sync, GPUs only),
+    or fixed running statistics (frozen)."""
 
     def __post_init__(self) -> None:
         _require(self.dim >= 1, f"--model.dim {self.dim} must be at least 1")
@@ -105,31 +107,33 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """The class-proxy matrix and its loss."""
+    """The class-proxy matrix and the loss."""
 
     sample_rate: float = 1.0
-    """Share of the classes that take part in each iteration, in (0, 1]; those of the batch always do."""
+    """Fraction of the classes sampled in each iteration, in (0, 1]. Classes of the batch are always included."""
     num_sampled: int | None = None
-    """Number of classes that take part in each iteration, over all workers; None: --proxies.sample-rate says."""
+    """Number of classes sampled in each iteration, over all workers. If None, --proxies.sample-rate applies."""
     correct_sampling: bool = False
-    """Let the sampled classes stand for the others in the softmax, so that the expected normaliser is that of all."""
+    """Weight sampled negative classes in the softmax so that the expected normaliser equals that over all classes."""
     temperature: float = 0.05
-    """Sigma of the Normalized Softmax Loss."""
+    """Temperature (sigma in the paper) of the Normalized Softmax Loss."""
     label_smoothing: float = 0.0
-    """Share of each image's label that is spread evenly over all classes."""
+    """Fraction of each label that is spread evenly over all classes."""
     optimizer: Literal["sgd", "adagrad"] = "sgd"
-    """sgd: exact to SGD with momentum and weight decay over the whole matrix; adagrad: row-wise, one number of state
-    for each class instead of a second matrix."""
+    """sgd is equivalent to dense SGD with momentum and weight decay over the whole matrix. adagrad is row-wise, with
+    one number of state per class instead of a second matrix."""
     lr_scale: float = 1.0
-    """Learning rate of the proxies as a multiple of the backbone's."""
+    """Learning rate of the proxies, relative to the backbone's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What proxies and momentum are kept in; bfloat16 is rounded stochastically. The loss is float32 in any case."""
+    """Storage type of proxies and momentum; bfloat16 uses stochastic rounding. The loss is always float32."""
     placement: Literal["device", "host", "disk"] = "device"
-    """Where they are kept: with the model; in host memory, only sampled proxies travel; in a memory-mapped file."""
+    """Where the matrix is stored: with the model, in host memory (only sampled rows are copied to the GPU), or in a
+    memory-mapped file."""
     directory: str | None = None
-    """Folder on the workers for the file of --proxies.placement disk. None: that for temporary files."""
+    """Folder on each worker for the file of --proxies.placement disk. If None, the system's temporary folder."""
     memory: float = 1.0
-    """GiB of proxies and logits kept within an iteration; where it is too little they are computed twice, in parts."""
+    """GiB of proxies and logits to keep between forward and backward pass. If they need more, they are computed twice,
+    in chunks."""
 
     def __post_init__(self) -> None:
         _require(0 < self.sample_rate <= 1, f"--proxies.sample-rate {self.sample_rate} must be in (0, 1]; 1 is all")
@@ -146,22 +150,22 @@ class ProxyConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD and its schedule."""
+    """SGD and the learning rate schedule."""
 
     epochs: int = 15
-    """Epochs of floor(images / batch-size) iterations, the new-layers-only ones not counted."""
+    """Epochs of floor(images / batch-size) iterations, not counting --optim.new-layers-epochs."""
     new_layers_epochs: int = 0
-    """Epochs before those that train only the linear layer and the proxies; then a fresh optimiser trains all."""
+    """Initial epochs that train only the linear layer and the proxies. The optimiser is reset afterwards."""
     lr: float = 0.01
-    """Learning rate of backbone and linear layer at the top of the schedule."""
+    """Peak learning rate of backbone and linear layer."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 1e-4
-    """SGD weight decay, proxies included."""
+    """SGD weight decay, also applied to the proxies."""
     schedule: Literal["step", "cosine"] = "cosine"
-    """step: x0.1 after --optim.step-epochs; cosine: to zero at the end."""
+    """step: times 0.1 after --optim.step-epochs. cosine: decays to zero at the end."""
     step_epochs: int = 15
-    """Epochs at the full learning rate under the step schedule."""
+    """Epochs at the full learning rate with the step schedule."""
     warmup_steps: int = 20
     """Iterations of linear warm-up."""
 
@@ -176,12 +180,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints of backbone, proxies, optimisers and step."""
+    """Checkpoints: how often, and how many to keep."""
 
     every: int | str = "10min"
-    """Iterations between checkpoints, or minutes: 500 or 10min. There is always one at the end."""
+    """Interval between checkpoints in iterations (500) or minutes (10min). One is always written at the end."""
     keep: int = 2
-    """Newest checkpoints kept; the best model among those evaluated is kept beside them."""
+    """Number of checkpoints to keep. The best evaluated model is kept in addition."""
 
     def __post_init__(self) -> None:
         _require(
@@ -193,12 +197,12 @@ class CheckpointConfig:
 
     @property
     def steps(self) -> int | None:
-        """Iterations between checkpoints; None: time says."""
+        """Iterations between checkpoints, or None if the interval is a time."""
         return self.every if isinstance(self.every, int) else None
 
     @property
     def minutes(self) -> float | None:
-        """Minutes between checkpoints; None: iterations say."""
+        """Minutes between checkpoints, or None if the interval is a number of iterations."""
         return None if isinstance(self.every, int) else float(self.every.removesuffix("min"))
 
 
@@ -207,23 +211,24 @@ class EvalConfig:
     """Retrieval on the test split: every image queries the rest, or the query split queries the gallery."""
 
     recall_at: tuple[int, ...] | None = None
-    """Values of K for recall@K. None: those that the data set is reported with."""
+    """Values of K for recall@K. If None, those commonly reported for the data set."""
     nmi: bool = True
-    """Normalised mutual information of k-means clusters, at the end only: takes images x classes x dimensions."""
+    """Compute the normalised mutual information (NMI) of k-means clusters, in the final evaluation only. The cost is
+    images x classes x dimensions."""
     intervals: bool = False
-    """95% bootstrap intervals of the metrics, test classes resampled."""
+    """Compute 95% bootstrap confidence intervals by resampling test classes."""
     batch_size: int = 128
-    """Images embedded at a time by one actor."""
+    """Batch size of each embedding actor."""
     num_shards: int | None = None
-    """Shards of the gallery, searched in parallel and merged exactly. None: one for each GPU, or for each node."""
+    """Shards of the gallery, searched in parallel and merged exactly. If None, one per GPU, or one per node."""
     memory_budget: float = 4.0
-    """GiB that the search may take on a node for embeddings and neighbours; embeddings beyond it are memory-mapped.
-    An approximate index is kept in memory beside it."""
+    """GiB per node for embeddings and neighbours. Embeddings that exceed it are memory-mapped. Does not include an
+    approximate index."""
     index: str | None = None
-    """faiss factory string of an approximate index for the float embeddings (IVF1024,Flat, HNSW32, OPQ16,IVF256,PQ16),
-    one in each shard; its recall against exact search is measured on a sample. None: exact search."""
+    """faiss factory string of an approximate index for float embeddings (IVF1024,Flat, HNSW32, OPQ16,IVF256,PQ16),
+    built per shard. Its recall against exact search is measured on a sample. If None, search is exact."""
     index_parameters: str | None = None
-    """Search parameters of --eval.index as faiss names them: nprobe=16 or efSearch=128."""
+    """Search parameters of --eval.index in faiss syntax: nprobe=16 or efSearch=128."""
 
     def __post_init__(self) -> None:
         _require(
@@ -233,7 +238,7 @@ class EvalConfig:
         _require(self.memory_budget > 0, f"--eval.memory-budget {self.memory_budget} must be positive")
         _require(
             self.index_parameters is None or self.index is not None,
-            f"--eval.index-parameters {self.index_parameters} are of an approximate index; give --eval.index too",
+            f"--eval.index-parameters {self.index_parameters} needs an approximate index; set --eval.index too",
         )
         _require(self.batch_size >= 1, f"--eval.batch-size {self.batch_size} must be >= 1")
         _require(self.num_shards is None or self.num_shards >= 1, f"--eval.num-shards {self.num_shards} must be >= 1")
@@ -241,12 +246,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TrainEvalConfig(EvalConfig):
-    """Evaluation in the course of a training."""
+    """Evaluation during training."""
 
     every: int = 0
-    """Epochs between evaluations; 0 evaluates at the end only."""
+    """Epochs between evaluations. 0 evaluates only at the end."""
     untrained: bool = False
-    """Evaluate before the first iteration too, to show what training adds."""
+    """Also evaluate before the first iteration, as a baseline."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,95 +263,97 @@ class TrackingConfig:
     """MLflow."""
 
     uri: str | None = None
-    """MLflow server or database. None: that of MLFLOW_TRACKING_URI, else sqlite:///STORAGE/mlflow.db, or
-    ~/nsl_dist/mlflow.db where storage is remote."""
+    """MLflow server or database. If None, MLFLOW_TRACKING_URI if set, else sqlite:///STORAGE/mlflow.db, or
+    ~/nsl_dist/mlflow.db if the storage is remote."""
     experiment: str | None = None
-    """MLflow experiment. None: the layout of the data set."""
+    """MLflow experiment. If None, the name of the data set's layout."""
     parent: str | None = None
-    """MLflow run that this one is a child of, such as that of a sweep."""
+    """Id of the parent MLflow run, for example that of a sweep."""
     every: int = 10
-    """Iterations between logged metrics and lines of progress."""
+    """Iterations between logged metrics and progress lines."""
     register: str | None = None
-    """Name in MLflow's model registry under which the trained model becomes a new version. None: it is not registered;
-    jobs/export.py can later."""
+    """Name in MLflow's model registry to register the trained model under. If None, it is not registered;
+    jobs/export.py can do it later."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"--tracking.every {self.every} must be >= 1")
         name = self.register
-        _require(name is None or not re.search("^$|[/:]", name), f"--tracking.register {name!r} must have no / nor :")
+        _require(
+            name is None or not re.search("^$|[/:]", name), f"--tracking.register {name!r} must not contain / or :"
+        )
 
 
 @dataclass(frozen=True)
 class EvaluateDataConfig:
-    """What a checkpoint is evaluated on."""
+    """Data to evaluate a checkpoint on."""
 
     root: str | None = None
-    """Folder or URI of a raw data set or of shards, as for training. None: that of the checkpoint's own run."""
+    """Folder or URI of a raw data set or of shards, as for training. If None, the data of the checkpoint's run."""
     layout: Layout | None = None
-    """Layout of the data set. None: recognised by its files."""
+    """Layout of the data set. If None, it is detected from the files."""
     max_undecodable: float = 0.01
-    """Share of the images that may fail to decode when a raw folder is sharded; they are listed and left out."""
+    """Fraction of the images that may fail to decode while a raw folder is sharded. They are listed and skipped."""
     unrelated: bool = False
-    """Evaluate on another data set than the checkpoint was trained on. Its test classes must not have been trained on
-    under another name: nothing can check that."""
+    """Allow a different data set than the checkpoint was trained on. Its test classes must not occur in the training
+    data under another name, which cannot be checked."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """An evaluation: checkpoint, data, search, where it runs and where it is kept."""
+    """An evaluation of a checkpoint."""
 
     checkpoint: str
-    """Folder or URI of a checkpoint, or of a run: then its newest checkpoint."""
+    """Folder or URI of a checkpoint, or of a run to use its newest checkpoint."""
     run_id: str | None = None
-    """MLflow run of the training, of which the evaluation becomes a child. None: MLflow is left alone."""
+    """MLflow run of the training; the evaluation is logged as a child of it. If None, nothing is logged to MLflow."""
     storage: str = "~/nsl_dist"
-    """Folder or URI where shards, embeddings and results go; on a cluster, one that all nodes can reach."""
+    """Folder or URI for shards, embeddings and results. On a cluster, all nodes must be able to reach it."""
     tracking_uri: str | None = None
-    """MLflow server or database of --run-id. None: that of MLFLOW_TRACKING_URI, else sqlite:///STORAGE/mlflow.db, or
-    ~/nsl_dist/mlflow.db where storage is remote."""
+    """MLflow server or database of --run-id. If None, MLFLOW_TRACKING_URI if set, else sqlite:///STORAGE/mlflow.db, or
+    ~/nsl_dist/mlflow.db if the storage is remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to embed and to search. auto: cuda if the cluster has GPUs, or its autoscaler may add them."""
+    """Device for embedding and search. auto: cuda if the cluster has GPUs or its autoscaler can add them."""
     wait_for_nodes: float = 15.0
-    """Minutes to wait at the start for a cluster to have room: its autoscaler is asked for the nodes."""
+    """Minutes to wait at the start for missing nodes, which are requested from the autoscaler."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """A search: checkpoint, gallery, index, where it is served."""
+    """A search service, or a single search in the terminal."""
 
     checkpoint: str
-    """Folder or URI of a checkpoint, or of a run: then its newest checkpoint."""
+    """Folder or URI of a checkpoint, or of a run to use its newest checkpoint."""
     gallery: str
-    """Folder or URI of what is searched: shards; a data set of a known layout; or any folder of images, all of them,
-    in class folders or not. All but shards are sharded once into --storage, cached by digest."""
+    """Folder or URI of the images to search: shards, a data set of a known layout, or any folder of images, with or
+    without class folders. Raw images are sharded once into --storage, cached by digest."""
     layout: Layout | None = None
-    """Layout of the data set. None: recognised by its files, else all images of the folder."""
+    """Layout of the data set. If None, it is detected from the files; a folder of no known layout is used whole."""
     split: str | None = None
-    """Split that is searched. None: that which an evaluation searches, test or gallery."""
+    """Split to search. If None, the one that an evaluation searches: test or gallery."""
     query: tuple[str, ...] = ()
-    """Image files to search for: their neighbours are printed, and nothing is served."""
+    """Image files to search for. Prints their neighbours instead of starting the service."""
     k: int = 10
-    """Neighbours of each of --query."""
+    """Number of neighbours for each --query."""
     kind: Literal["float", "binary", "both"] = "both"
-    """Embeddings that can be searched: float by cosine similarity, binary codes by Hamming distance."""
+    """Embeddings to index: float (cosine similarity), binary codes (Hamming distance) or both."""
     index: str = "Flat"
-    """faiss factory string of the index of float embeddings: IVF1024,Flat, HNSW32 or OPQ16,IVF256,PQ16. Flat: exact."""
+    """faiss factory string of the index of float embeddings: IVF1024,Flat, HNSW32, OPQ16,IVF256,PQ16. Flat is exact."""
     index_parameters: str | None = None
-    """Search parameters of --index as faiss names them: nprobe=16 or efSearch=128."""
+    """Search parameters of --index in faiss syntax: nprobe=16 or efSearch=128."""
     host: str = "127.0.0.1"
-    """Address to listen on; any other than this machine's loopback lets others search."""
+    """Address to listen on. Anything but loopback makes the service reachable by others."""
     port: int = 8000
     """Port to listen on."""
     replicas: int = 1
-    """Processes that answer, each with the model and the whole index."""
+    """Server processes, each with the model and the whole index."""
     storage: str = "~/nsl_dist"
-    """Folder or URI where shards and embeddings go; on a cluster, one that all nodes can reach."""
+    """Folder or URI for shards and embeddings. On a cluster, all nodes must be able to reach it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to embed the gallery; queries are embedded on CPUs. auto: cuda if the cluster has GPUs."""
+    """Device for embedding the gallery; queries are embedded on CPUs. auto: cuda if the cluster has GPUs."""
     max_undecodable: float = 0.01
-    """Share of the images that may fail to decode when a folder is sharded; they are listed and left out."""
+    """Fraction of the images that may fail to decode while a folder is sharded. They are listed and skipped."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.k <= MOST_NEIGHBOURS, f"--k {self.k} must be in 1 to {MOST_NEIGHBOURS}")
@@ -356,38 +363,38 @@ class SearchConfig:
 
     @property
     def kinds(self) -> tuple[Literal["float", "binary"], ...]:
-        """Kinds of embeddings that can be searched."""
+        """Kinds of embeddings to index."""
         return ("float", "binary") if self.kind == "both" else (self.kind,)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run: data, model, proxies, optimisation, evaluation, where it runs and where it is kept."""
+    """A training run."""
 
     recipe: str = "laptop"
-    """The recipe that the other flags start from: laptop, or the paper's for a data set (see recipes.py)."""
+    """Recipe that sets the defaults of all other flags: laptop, or one of the paper's (see recipes.py)."""
     storage: str = "~/nsl_dist"
-    """Folder or URI where runs, checkpoints and shards go; on a cluster, one that all nodes can reach."""
+    """Folder or URI for runs, checkpoints and shards. On a cluster, all nodes must be able to reach it."""
     run_name: str | None = None
-    """Name of the run, a folder below STORAGE/runs. None: the recipe and the time."""
-    num_workers: int | None | str = None  # noqa: RUF036  (so tyro reads both "None" and "2..4" as they are meant)
-    """Training workers, or fewest and most of them, 2..4: then as many as the cluster has room for while nodes leave
-    and come. None: one for each GPU of the cluster, as far as they share the batch evenly; one on CPUs."""
+    """Name of the run and of its folder in STORAGE/runs. If None, the recipe and the time."""
+    num_workers: int | None | str = None  # noqa: RUF036  (so that tyro parses both "None" and "2..4")
+    """Number of training workers, or a range such as 2..4 for elastic training, which uses as many as the cluster has
+    room for. If None, one per GPU as long as the batch divides evenly, or one on CPUs."""
     cpus_per_worker: int = 1
-    """CPUs that each training worker reserves; the rest of the cluster reads and decodes."""
+    """CPUs reserved by each training worker. All others read and decode images."""
     threads: int | None = None
-    """Threads that each worker trains with on CPUs. None: the cores of a machine, shared by its workers. A run that
-    goes on keeps them: another number sums in another order."""
+    """Threads of each worker when training on CPUs. If None, the machine's cores are divided among its workers. A
+    resumed run keeps this number, because another one sums in a different order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers train. auto: cuda if the cluster has GPUs, or its autoscaler may add them."""
+    """Device for training. auto: cuda if the cluster has GPUs or its autoscaler can add them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast of the backbone. auto: bfloat16 on GPUs that compute in it, float32 on CPUs."""
+    """Autocast type of the backbone. auto: bfloat16 on GPUs that support it, else float32."""
     wait_for_nodes: float = 15.0
-    """Minutes to wait at the start for a cluster to have room for the run: its autoscaler is asked for the nodes."""
+    """Minutes to wait at the start for missing nodes, which are requested from the autoscaler."""
     max_failures: int = 3
-    """Failures of workers, lost nodes included, after which a run goes on from its last checkpoint; -1: no limit."""
+    """How often a run restarts from its last checkpoint after losing workers or nodes. -1: no limit."""
     seed: int = 0
-    """Seed of weights, plan, augmentation and class sampling."""
+    """Seed of weights, batches, augmentation and class sampling."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     proxies: ProxyConfig = field(default_factory=ProxyConfig)
@@ -413,7 +420,7 @@ class TrainConfig:
             )
         if self.worker_range is not None:
             low, high = self.worker_range
-            _require(1 <= low <= high, f"--num-workers {self.num_workers} must be at least 1, and the fewest first")
+            _require(1 <= low <= high, f"--num-workers {self.num_workers} must be at least 1, lower number first")
             batch_size, counts = self.data.batch_size, range(low, high + 1)
             per_class = self.data.images_per_class
             uneven = [count for count in counts if batch_size % count]
@@ -431,7 +438,7 @@ class TrainConfig:
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
-        """Fewest and most training workers; None: the cluster says."""
+        """Minimum and maximum number of training workers, or None if the cluster determines it."""
         if self.num_workers is None:
             return None
         low, _, high = str(self.num_workers).partition("..")
@@ -442,11 +449,10 @@ _FROM_JSON = make_converter(forbid_extra_keys=True, detailed_validation=False)
 
 
 def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
-    """Return the configuration that `dataclasses.asdict` turned into `fields`, after a trip through JSON too.
+    """Rebuild a configuration from the output of `dataclasses.asdict`, also after a round trip through JSON.
 
     Raises:
-        ValueError: the file at `location`, where they are from, was written by another release; or a value is out of
-            range.
+        ValueError: the file at `location` was written by another release, or a value is out of range.
 
     """
     try:
@@ -463,7 +469,7 @@ def flatten(config: "TrainConfig | EvaluateConfig") -> dict[str, Any]:
     return flat
 
 
-# What may change when a run goes on: it decides neither the batches nor what they do to the model.
+# May change when a run is resumed: affects neither the batches nor what they do to the model.
 FREE_TO_CHANGE = re.compile(
     r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|wait_for_nodes|max_failures|"
     r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
@@ -471,7 +477,7 @@ FREE_TO_CHANGE = re.compile(
 
 
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """Return what a run that goes on must not change but did, as lines `--optim.lr 0.01 -> 0.02`."""
+    """Return the options that a resumed run must not change but did, formatted as `--optim.lr 0.01 -> 0.02`."""
     old, new = flatten(before), flatten(now)
     return [
         f"--{name.replace('_', '-')} {old[name]} -> {new[name]}"

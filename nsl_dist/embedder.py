@@ -1,4 +1,4 @@
-"""The embedding model alone, as a checkpoint keeps it: safetensors and a JSON that rebuilds it. Needs no Ray."""
+"""The embedding model of a checkpoint: safetensors and a JSON description. Does not need Ray."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ FORMAT_VERSION = 1
 
 
 class Embedder:
-    """Images to unit vectors.
+    """Embeds images as unit vectors.
 
     Attributes:
-        model: in evaluation mode.
-        image_size: edge of the square crop that the model sees, pixels.
-        dim: of an embedding.
+        model: the network, in evaluation mode.
+        image_size: width and height of the model's input, in pixels.
+        dim: embedding dimensions.
 
     """
 
@@ -39,17 +39,13 @@ class Embedder:
         self._device = device
 
     def __call__(self, images: Iterable[str | Path | bytes], *, batch_size: int = 64) -> NDArray[np.float32]:
-        """Embed images: files, or encoded images as bytes.
-
-        Args:
-            images: any format that Pillow reads.
-            batch_size: images at a time.
+        """Embed images, given as paths or as encoded bytes in any format that Pillow reads.
 
         Returns:
             Unit vectors `[len(images), dim]`.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: a file does not exist.
             ValueError: an image cannot be decoded.
 
         """
@@ -61,17 +57,17 @@ class Embedder:
         return self.embed(torch.stack([self.pixels(image) for image in images]))
 
     def pixels(self, image: str | Path | bytes) -> torch.Tensor:
-        """Decode an image to what the model sees of it: uint8 `[3, image_size, image_size]`.
+        """Decode an image to the model's input: uint8 `[3, image_size, image_size]`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it cannot be decoded.
+            FileNotFoundError: the file does not exist.
+            ValueError: the image cannot be decoded.
 
         """
         return eval_transform(_decode(image), self._data)
 
     def embed(self, pixels_BCHW: torch.Tensor) -> NDArray[np.float32]:
-        """Embed what `pixels` returned, stacked: unit vectors `[B, dim]`."""
+        """Embed a stack of outputs of `pixels` as unit vectors `[B, dim]`."""
         with torch.inference_mode():
             embeddings_BD: NDArray[np.float32] = self.model(normalise(pixels_BCHW.to(self._device))).cpu().numpy()
         return embeddings_BD
@@ -82,11 +78,11 @@ def load_embedder(location: str, *, device: str | torch.device = "cpu") -> Embed
 
     Args:
         location: folder or URI of a checkpoint, or of a run's `best`.
-        device: to embed on.
+        device: device to embed on.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it was damaged or written by another release.
+        ValueError: the checkpoint is damaged or was written by another release.
 
     """
     config, data = read_description(location)
@@ -96,16 +92,16 @@ def load_embedder(location: str, *, device: str | torch.device = "cpu") -> Embed
 
 
 def read_description(location: str) -> tuple[ModelConfig, DataConfig]:
-    """Return what rebuilds the model of a checkpoint, and the size of the images that it sees.
+    """Return the configuration of a checkpoint's model and of its input images.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it was damaged or written by another release.
+        ValueError: the checkpoint is damaged or was written by another release.
 
     """
     where = storage.join(location, DESCRIPTION_FILE)
     if not storage.exists(where):
-        raise FileNotFoundError(f"{where} is missing: give a checkpoint, or the `{BEST}` of a run that was evaluated")
+        raise FileNotFoundError(f"{where} is missing: give a checkpoint, or `{BEST}` of an evaluated run")
     try:
         description = json.loads(storage.read_bytes(where))
         if description["version"] != FORMAT_VERSION:
@@ -118,7 +114,7 @@ def read_description(location: str) -> tuple[ModelConfig, DataConfig]:
 
 
 def describe(config: TrainConfig) -> bytes:
-    """Return the JSON that rebuilds the model of a run."""
+    """Return the JSON description from which the model of a run can be rebuilt."""
     description: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "model": dataclasses.asdict(config.model),
@@ -129,15 +125,15 @@ def describe(config: TrainConfig) -> bytes:
 
 
 def weights_of(state: dict[str, torch.Tensor]) -> bytes:
-    """Return a model's state as `MODEL_FILE` holds it."""
+    """Serialise a model's state as stored in `MODEL_FILE`."""
     return bytes(save({name: tensor.contiguous() for name, tensor in state.items()}))
 
 
 def load_weights(model: EmbeddingModel, content: bytes, *, location: str) -> None:
-    """Load what `weights_of` returned into a model.
+    """Load the output of `weights_of` into a model.
 
     Raises:
-        ValueError: the content is damaged or of another model; names `location`.
+        ValueError: the content is damaged or belongs to another model; the message names `location`.
 
     """
     try:
@@ -147,7 +143,7 @@ def load_weights(model: EmbeddingModel, content: bytes, *, location: str) -> Non
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{location}: the weights are not of the model beside them: {reason}; copy both again"
+            f"{location}: the weights do not match the model description: {reason}; copy both again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Memory-mapped files for what is larger than memory."""
+"""Memory-mapped files for data that does not fit in memory."""
 
 import mmap
 import os
@@ -6,22 +6,22 @@ import tempfile
 
 
 def map_file(num_bytes: int, *, directory: str | None, what: str, remedy: str) -> mmap.mmap:
-    """Return a file without a name, of zeros, that vanishes with the process.
+    """Map an unnamed file of zeros, which disappears with the process.
 
     Args:
         num_bytes: at least 1.
-        directory: of the file; None: the system's for temporary files.
-        what: is kept in it: "class proxies".
-        remedy: what a user can do where there is no room for it.
+        directory: folder for the file; None for the system's temporary folder.
+        what: contents, for the error message: "class proxies".
+        remedy: advice for the error message.
 
     Raises:
-        ValueError: the directory does not exist or its disk has no room.
+        ValueError: the directory does not exist or its disk is full.
 
     """
     directory = directory or tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
-            # All of it now: a disk that is full later would end the process with a bus error.
+            # Allocate everything now: a disk that fills up later would end the process with a bus error.
             os.posix_fallocate(file.fileno(), 0, num_bytes)
             return mmap.mmap(file.fileno(), num_bytes)
     except OSError as error:

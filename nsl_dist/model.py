@@ -13,20 +13,20 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from nsl_dist.config import ModelConfig
 
-TIMM = "timm/"  # what names of its models begin with
+TIMM = "timm/"  # prefix of timm model names
 _WITHOUT_INTERNET = (
-    "on a machine without internet bring the file of weights there and give its path as --model.weights, or train from "
+    "on a machine without internet access, copy the weights there and pass the file as --model.weights, or train from "
     "scratch with --model.weights None"
 )
 
 
 class EmbeddingModel(nn.Module):
-    """Images to unit vectors.
+    """Maps images to unit vectors.
 
     Attributes:
-        backbone: images to pooled features.
-        neck: features to features of the same width, normalised over each image or over the batch.
-        linear: features to `dim`, without bias; None where `dim` is the feature width.
+        backbone: maps images to pooled features.
+        neck: normalises the features, per image or over the batch.
+        linear: maps features to `dim`, without bias; None if `dim` is the feature width.
 
     """
 
@@ -40,7 +40,7 @@ class EmbeddingModel(nn.Module):
         """Embed normalised images (see `transforms.normalise`).
 
         Returns:
-            float32 `[B, dim]` of length 1, whatever the autocast.
+            Unit vectors, float32 `[B, dim]`, regardless of autocast.
 
         """
         features = self.backbone(images_BCHW)
@@ -57,14 +57,14 @@ class GeneralizedMean(nn.Module):
         self.exponent = nn.Parameter(torch.tensor(3.0))
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Pool to `[B, C, 1, 1]`, in float32 whatever the autocast."""
+        """Pool to `[B, C, 1, 1]`, in float32 regardless of autocast."""
         with torch.autocast(features_BCHW.device.type, enabled=False):
             powers = features_BCHW.float().clamp(min=1e-6).pow(self.exponent)
             return powers.mean(dim=(2, 3), keepdim=True).pow(1 / self.exponent)
 
 
 class _Rescale(nn.Module):
-    """Images normalised by ImageNet's mean and deviation, as all are, to those that a backbone was pretrained with."""
+    """Converts images from ImageNet's mean and deviation to those that a backbone was pretrained with."""
 
     scale_C11: Tensor
     offset_C11: Tensor
@@ -81,16 +81,13 @@ class _Rescale(nn.Module):
 
 
 def build_model(config: ModelConfig, *, seed: int, pretrained: bool = True) -> EmbeddingModel:
-    """Build the model, its random weights drawn from `seed`.
+    """Build the model with random weights drawn from `seed`; the global generator is left unchanged.
 
-    Args:
-        config: backbone by torchvision's or timm's name, its weights, pooling, neck, dimensions, batch norm.
-        seed: of the random weights; the global generator is left as it was.
-        pretrained: False leaves `config.weights` out, for a model about to load a checkpoint.
+    `pretrained=False` ignores `config.weights`, for a model that is about to load a checkpoint.
 
     Raises:
-        ValueError: unknown backbone, one whose last layer is not linear or whose pooling cannot be replaced, or weights
-            that cannot be had.
+        ValueError: the backbone is unknown, its last layer is not linear, its pooling cannot be replaced, or its
+            weights are not available.
 
     """
     of_timm = config.backbone.startswith(TIMM)
@@ -116,11 +113,11 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise ValueError(
-            f"unknown --model.backbone {name!r}; torchvision has: {', '.join(names)}; timm's begin with {TIMM}"
+            f"unknown --model.backbone {name!r}; torchvision has: {', '.join(names)}; timm models begin with {TIMM}"
         )
     extra: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # Their auxiliary classifiers are of no use to an embedding; their pretrained weights rescale the inputs.
+        # Auxiliary classifiers are useless for embeddings; pretrained weights expect rescaled inputs.
         extra = {"aux_logits": False, "init_weights": False, "transform_input": config.weights is not None}
     if config.weights is None or not pretrained:
         return torchvision.models.get_model(name, weights=None, **extra)
@@ -130,7 +127,7 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
             state = torch.load(path, map_location="cpu", weights_only=True)
             return _with_state(torchvision.models.get_model(name, weights=None, **extra), state)
         except (RuntimeError, UnpicklingError) as error:
-            raise ValueError(f"--model.weights {path} is no state_dict of {name}: {error}") from error
+            raise ValueError(f"--model.weights {path} is not a state_dict of {name}: {error}") from error
     available = torchvision.models.get_model_weights(name)
     if config.weights not in available.__members__:
         raise ValueError(
@@ -139,7 +136,7 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
         )
     weights = available[config.weights]
     try:
-        if extra:  # which torchvision refuses together with weights
+        if extra:  # torchvision refuses these together with weights
             state = weights.get_state_dict(check_hash=True)
             return _with_state(torchvision.models.get_model(name, weights=None, **extra), state)
         return torchvision.models.get_model(name, weights=weights)
@@ -150,14 +147,14 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
 
 
 def _with_state(backbone: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Load published weights, but for those of auxiliary classifiers."""
+    """Load published weights, except those of auxiliary classifiers."""
     auxiliary = ("aux1.", "aux2.", "AuxLogits.")
     backbone.load_state_dict({name: each for name, each in state.items() if not name.startswith(auxiliary)})
     return backbone
 
 
 def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
-    """Return a timm model without its classifier, and the width of its features."""
+    """Return a timm model without its classifier, and its feature width."""
     try:
         import timm
     except ImportError as error:
@@ -171,7 +168,7 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
         path = Path(config.weights).expanduser()
         if not path.is_file() and config.weights != "DEFAULT":
             raise ValueError(
-                f"--model.weights {config.weights!r} is neither a file nor DEFAULT; timm's other weights are chosen by "
+                f"--model.weights {config.weights!r} is neither a file nor DEFAULT; other timm weights are selected by "
                 f"the backbone's name: {', '.join(TIMM + each for each in timm.list_pretrained(f'{name}*')[:20])}"
             )
         options = {"pretrained": True} | ({"pretrained_cfg_overlay": {"file": str(path)}} if path.is_file() else {})
@@ -179,7 +176,7 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
         model = timm.create_model(name, num_classes=0, **options)
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         raise ValueError(
-            f"weights {config.weights} of {config.backbone} cannot be had: {error}; {_WITHOUT_INTERNET}"
+            f"weights {config.weights} of {config.backbone} are not available: {error}; {_WITHOUT_INTERNET}"
         ) from error
     ours, theirs = (
         (torch.tensor(mean), torch.tensor(std))
@@ -192,12 +189,12 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
 
 
 def _remove_classifier(backbone: nn.Module, name: str) -> int:
-    """Replace the last linear layer by the identity; return its input width."""
+    """Replace the last linear layer by the identity and return its input width."""
     path, last = list(backbone.named_modules())[-1]
     if not isinstance(last, nn.Linear):
         raise ValueError(
             f"--model.backbone {name} ends in {type(last).__name__}, not in a linear layer on pooled features; choose "
-            "one like resnet50, googlenet, efficientnet_b0, convnext_tiny or vit_b_16"
+            "for example resnet50, googlenet, efficientnet_b0, convnext_tiny or vit_b_16"
         )
     parent, _, attribute = path.rpartition(".")
     setattr(backbone.get_submodule(parent), attribute, nn.Identity())
@@ -205,12 +202,12 @@ def _remove_classifier(backbone: nn.Module, name: str) -> int:
 
 
 def _replace_pooling(backbone: nn.Module, config: ModelConfig) -> None:
-    """Put `config.pooling` in the place of a backbone's mean over its last feature map."""
+    """Replace the mean over a backbone's last feature map by `config.pooling`."""
     means = [name for name, module in backbone.named_modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
     if not means or backbone.get_submodule(means[-1]).output_size not in (1, (1, 1)):
         raise ValueError(
-            f"--model.pooling {config.pooling}: {config.backbone} does not end in the mean of a feature map; leave its "
-            "own pooling, or choose a backbone like resnet50 or convnext_tiny"
+            f"--model.pooling {config.pooling}: {config.backbone} does not end in the mean of a feature map; keep its "
+            "own pooling, or choose a backbone such as resnet50 or convnext_tiny"
         )
     backbone.set_submodule(means[-1], GeneralizedMean() if config.pooling == "gem" else nn.AdaptiveMaxPool2d(1))
 
@@ -222,7 +219,7 @@ def _neck(config: ModelConfig, num_features: int) -> nn.Module:
 
 
 def _sync_batch_norm(model: EmbeddingModel, *, of_timm: bool) -> EmbeddingModel:
-    if of_timm:  # some of whose batch norms have the activation in them
+    if of_timm:  # some of its batch norms include the activation
         import timm.layers
 
         model.backbone = timm.layers.convert_sync_batchnorm(model.backbone)
@@ -231,7 +228,7 @@ def _sync_batch_norm(model: EmbeddingModel, *, of_timm: bool) -> EmbeddingModel:
 
 
 def _freeze_batch_norm(model: EmbeddingModel, *, of_timm: bool) -> None:
-    """Replace a backbone's batch norms by fixed affine maps: running statistics and parameters no longer change."""
+    """Replace a backbone's batch norms by fixed affine maps; running statistics and parameters no longer change."""
     if of_timm:
         import timm.layers
 

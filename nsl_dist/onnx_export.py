@@ -1,4 +1,4 @@
-"""The embedding model as ONNX, checked against torch before anyone relies on it."""
+"""Export of the embedding model to ONNX, verified against torch."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from nsl_dist.data.transforms import normalise
 from nsl_dist.embedder import load_embedder
 
-MOST_DIFFERENCE = 1e-4  # of a coordinate of a unit vector
+MOST_DIFFERENCE = 1e-4  # per coordinate of a unit vector
 CHECKED_BATCHES = (1, 7)
 
 
 class _FromPixels(nn.Module):
-    """Normalises as training did, so that whoever runs the graph need not know how."""
+    """Includes the normalisation of pixels in the graph, so that callers need not know it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -25,24 +25,21 @@ class _FromPixels(nn.Module):
 
 
 def export_onnx(checkpoint: str, out: Path) -> float:
-    """Write the model of a checkpoint as ONNX: `images`, uint8 `[B, 3, size, size]`, to `embeddings`, `[B, dim]`.
+    """Export the model of a checkpoint: `images`, uint8 `[B, 3, size, size]`, to `embeddings`, `[B, dim]`.
 
-    The pixels are those of `nsl_dist.data.transforms.eval_transform`: resized, aspect ignored, and the centre cut out.
-
-    Args:
-        checkpoint: folder or URI.
-        out: file to write.
+    Pixels must be prepared as by `nsl_dist.data.transforms.eval_transform`: resized, ignoring the aspect ratio, and
+    centre-cropped.
 
     Returns:
-        The greatest difference from torch of a coordinate, over batches of several sizes.
+        The largest difference of a coordinate from torch, over batches of several sizes.
 
     Raises:
-        ValueError: the packages for it are not installed, or the graph does not do what torch does.
+        ValueError: required packages are not installed, or the graph's output differs from torch's.
 
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  # torch.onnx needs it, and says so less clearly
+        import onnxscript  # noqa: F401  # needed by torch.onnx, whose own error is less clear
     except ImportError as error:
         raise ValueError(f"{error}; install nsl_dist[onnx]") from error
 

@@ -1,4 +1,4 @@
-"""What a job shows of itself: progress, as bars on a terminal and as plain lines in a log, and its results."""
+"""Output of the jobs: progress, as bars on a terminal or plain lines in a log, and results."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ _output: Output = "full"
 
 
 class Progress:
-    """Counts what is done and shows throughput and time left: a bar on a terminal, else a line every two seconds.
+    """Shows throughput and remaining time: as a bar on a terminal, else as a line every two seconds.
 
     Args:
-        work: what is being done: "embed".
-        unit: what is counted: "images".
-        total: how many there are.
+        work: name of the activity: "embed".
+        unit: items that are counted: "images".
+        total: number of items.
 
     """
 
@@ -31,7 +31,7 @@ class Progress:
         self._bar = Bar(work, total) if self._stream.isatty() else None
 
     def advance(self, count: int) -> None:
-        """Count some more as done."""
+        """Count `count` more items as done."""
         self._done += count
         now = time.monotonic()
         rate = self._done / max(now - self._started, 1e-9)
@@ -45,20 +45,14 @@ class Progress:
 
 
 class Bar:
-    """A bar at the bottom of a terminal, below what is printed meanwhile; several stand below each other.
-
-    Args:
-        work: what is being done.
-        total: of what `show` is given.
-
-    """
+    """A bar at the bottom of a terminal, below printed output. Several bars are stacked."""
 
     def __init__(self, work: str, total: int) -> None:
         self._task = _bars().add_task(work, total=total, text="")
         _bars().start()
 
     def show(self, done: int, text: str) -> None:
-        """Show how much is done, and a text beside it."""
+        """Show the number of items done, with a text next to the bar."""
         _bars().update(self._task, completed=done, text=text)
         if _bars().finished:
             close_bars()
@@ -66,13 +60,13 @@ class Bar:
 
 @functools.cache
 def _bars() -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn  # which a log needs not
+    from rich.progress import BarColumn, Progress, TextColumn  # not needed in a log
 
     return Progress(TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[text]}"))
 
 
 def close_bars() -> None:
-    """Leave the terminal to others, with the bars as they are."""
+    """Stop updating the terminal and leave the bars as they are."""
     if _bars.cache_info().currsize:
         _bars().stop()
         for task in _bars().task_ids:
@@ -81,7 +75,7 @@ def close_bars() -> None:
 
 @contextmanager
 def output(choice: Output) -> Iterator[None]:
-    """Choose what becomes of all that is printed but results: nothing ("quiet"), or it goes to stderr ("json")."""
+    """Discard everything printed except results ("quiet"), or send it to stderr ("json")."""
     global _output
     _output = choice
     try:
@@ -95,16 +89,16 @@ def output(choice: Output) -> Iterator[None]:
 
 
 def show_results(text: str, results: dict[str, Any]) -> None:
-    """Print what a job found: for a person, or as JSON where that was asked for."""
+    """Print the results of a job, as text or, with --json, as JSON."""
     stream = sys.stdout if _output == "full" else sys.__stdout__
     print(json.dumps(results) if _output == "json" else text, file=stream, flush=True)
 
 
 class Phases:
-    """Measures work that comes in phases, one after the other.
+    """Measures consecutive phases of work.
 
     Args:
-        began: when the first began, seconds since the epoch; None: now.
+        began: start of the first phase in seconds since the epoch; None means now.
 
     Attributes:
         seconds: of each phase that has ended.
@@ -116,7 +110,7 @@ class Phases:
         self.seconds: dict[str, float] = {}
 
     def end(self, name: str) -> None:
-        """End the phase `name`; the next begins."""
+        """End the current phase, called `name`, and begin the next."""
         now = time.time()
         self.seconds[name] = now - self._last
         self._last = now
@@ -127,7 +121,7 @@ class Phases:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person would write it."""
+    """Format a duration for people: `1 h 02 min`, `3 min 04 s` or `5 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,6 +1,6 @@
-"""The embedding model as MLflow serves it: images in, float embeddings or packed binary codes out. Needs no Ray.
+"""The embedding model as MLflow serves it, from images to embeddings or packed binary codes. Does not need Ray.
 
-MLflow calls `_load_pyfunc` (see `nsl_dist/tracking/models.py`), with the code that was registered beside the model.
+MLflow calls `_load_pyfunc` with the code that was registered with the model (see `nsl_dist/tracking/models.py`).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from nsl_dist.retrieval.vector_files import pack_codes
 
 
 class EmbeddingPyfunc:
-    """What `mlflow.pyfunc.load_model` returns a wrapper of."""
+    """The model that `mlflow.pyfunc.load_model` wraps."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
@@ -22,14 +22,14 @@ class EmbeddingPyfunc:
         """Embed images.
 
         Args:
-            images: a pandas DataFrame with a column "image" of encoded images as bytes, or "path" of files.
-            params: `{"binary": True}` asks for binary codes.
+            images: pandas DataFrame with a column "image" of encoded bytes or a column "path" of files.
+            params: `{"binary": True}` returns binary codes.
 
         Returns:
             Unit vectors, float32 `[len(images), dim]`; or codes, uint8 `[len(images), ceil(dim / 8)]`.
 
         Raises:
-            ValueError: neither column is there, or an image cannot be decoded.
+            ValueError: both columns are missing, or an image cannot be decoded.
 
         """
         given = [name for name in ("image", "path") if name in images and not images[name].isna().any()]

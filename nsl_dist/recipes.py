@@ -1,8 +1,8 @@
-"""One function is one recipe: a complete configuration that flags may override.
+"""Recipes: each function returns a complete configuration that flags may override.
 
-The paper's: ResNet-50 at 2048, 512 and 128 dimensions and GoogLeNet at 512, for each of its data sets. Its BN-Inception
-is left out: neither torchvision nor timm has that network. `*_modern` and `*_maxpool`: later recipes on the same
-ResNet-50, as far as they are known. `FIGURES` are the published results, which jobs/reproduce.py compares with.
+For each of the paper's data sets there is ResNet-50 at 2048, 512 and 128 dimensions and GoogLeNet at 512. The paper's
+BN-Inception is missing because neither torchvision nor timm has it. `*_modern` and `*_maxpool` are later recipes for
+the same ResNet-50, as far as they have been published. `FIGURES` holds the published results for jobs/reproduce.py.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ class Figures:
     recall: dict[int, float]
     """Recall@K in %, by K."""
     kind: Literal["float", "binary"] = "float"
-    """Of the embeddings."""
+    """Kind of embeddings."""
     nmi: float | None = None
-    """In %; None: not published."""
+    """NMI in %, or None if not published."""
 
 
 def laptop() -> TrainConfig:
-    """A small recipe that trains from scratch on two CPU cores in minutes: synthetic products, characters, your own.
+    """A small recipe that trains from scratch in minutes on two CPU cores.
 
-    It aims at no figure of the paper. Small rotations, scales and shears stand in for the pretraining and the mirror
-    images that it does without.
+    It does not reproduce any figure of the paper. Without pretraining and mirroring, it relies on small rotations,
+    scales and shears.
     """
     return TrainConfig(
         recipe="laptop",
@@ -56,7 +56,7 @@ def sop_resnet50() -> TrainConfig:
 
 
 def inshop_resnet50() -> TrainConfig:
-    """The paper's recipe for In-Shop Clothes Retrieval with ResNet-50 at 2048 dimensions: that for SOP.
+    """The paper's recipe for In-Shop Clothes Retrieval with ResNet-50 at 2048 dimensions: the same as for SOP.
 
     Zhai & Wu 2019, section 4.1 and the results table for In-Shop: recall@1/10/20/30/40/50 of 89.35 / 97.81 / 98.61 /
     98.87 / 99.05 / 99.13 for float and 88.76 / 97.65 / 98.47 / 98.73 / 98.94 / 99.05 for 2048-bit embeddings (authors'
@@ -66,7 +66,7 @@ def inshop_resnet50() -> TrainConfig:
 
 
 def cars196_resnet50() -> TrainConfig:
-    """The paper's recipe for CARS196 with ResNet-50 at 2048 dimensions: 3 classes of 25 images in a batch.
+    """The paper's recipe for CARS196 with ResNet-50 at 2048 dimensions: batches of 3 classes with 25 images each.
 
     Zhai & Wu 2019, section 4.1 and the results table for CARS196: recall@1/2/4/8 of 89.50 / 94.18 / 96.84 / 98.41 for
     float and 89.29 / 93.95 / 96.61 / 98.14 for 2048-bit embeddings (authors' code; recall@1 of 89.3 in the paper).
@@ -94,7 +94,7 @@ def sop_resnet50_512() -> TrainConfig:
 
 
 def inshop_resnet50_512() -> TrainConfig:
-    """The paper's recipe for In-Shop with ResNet-50 at 512 dimensions. No published figures are known to us."""
+    """The paper's recipe for In-Shop with ResNet-50 at 512 dimensions. We know of no published figures."""
     return _with_model(inshop_resnet50(), "inshop_resnet50_512", dim=512)
 
 
@@ -115,26 +115,25 @@ def cub200_resnet50_512() -> TrainConfig:
 
 
 def sop_resnet50_128() -> TrainConfig:
-    """The paper's recipe for SOP with ResNet-50 at 128 dimensions. No published figures are known to us."""
+    """The paper's recipe for SOP with ResNet-50 at 128 dimensions. We know of no published figures."""
     return _with_model(sop_resnet50(), "sop_resnet50_128", dim=128)
 
 
 def inshop_resnet50_128() -> TrainConfig:
-    """The paper's recipe for In-Shop with ResNet-50 at 128 dimensions. No published figures are known to us."""
+    """The paper's recipe for In-Shop with ResNet-50 at 128 dimensions. We know of no published figures."""
     return _with_model(inshop_resnet50(), "inshop_resnet50_128", dim=128)
 
 
 def cars196_resnet50_128() -> TrainConfig:
     """The paper's recipe for CARS196 with ResNet-50 at 128 dimensions.
 
-    Zhai & Wu 2019, figure 2 has it on its curve over dimensions: recall@1 of 82.5 for float and 61 for 128-bit
-    embeddings, read off within 1.
+    Zhai & Wu 2019, figure 2: recall@1 of 82.5 for float and 61 for 128-bit embeddings, read off the plot to within 1.
     """
     return _with_model(cars196_resnet50(), "cars196_resnet50_128", dim=128)
 
 
 def cub200_resnet50_128() -> TrainConfig:
-    """The paper's recipe for CUB-200-2011 with ResNet-50 at 128 dimensions. No published figures are known to us."""
+    """The paper's recipe for CUB-200-2011 with ResNet-50 at 128 dimensions. We know of no published figures."""
     return _with_model(cub200_resnet50(), "cub200_resnet50_128", dim=128)
 
 
@@ -147,7 +146,7 @@ def sop_googlenet() -> TrainConfig:
 
 
 def inshop_googlenet() -> TrainConfig:
-    """The paper's recipe for In-Shop with GoogLeNet at 512 dimensions. No published figures are known to us."""
+    """The paper's recipe for In-Shop with GoogLeNet at 512 dimensions. We know of no published figures."""
     return _with_model(inshop_resnet50_512(), "inshop_googlenet", backbone="googlenet")
 
 
@@ -170,10 +169,10 @@ def cub200_googlenet() -> TrainConfig:
 def sop_modern() -> TrainConfig:
     """A later recipe on the same ResNet-50 at 2048 dimensions: recall@1 of 82.5 on SOP.
 
-    GeM pooling, a batch-norm neck, label smoothing 0.1, RandomResizedCrop of 0.16 to 1 of the area, batch norm of the
-    backbone frozen, cosine schedule with 1,000 steps of warm-up, batch 128, 100 epochs, momentum 0.99. Ours, since they
-    are not known to us: 4 images of a class, the learning rate (as far as the paper's 0.01 at momentum 0.9 goes in the
-    long run) and that of the proxies. Momentum is plain, not Nesterov's.
+    GeM pooling, batch-norm neck, label smoothing 0.1, RandomResizedCrop of 0.16 to 1 of the area, frozen batch norm in
+    the backbone, cosine schedule with 1,000 warm-up steps, batch 128, 100 epochs, momentum 0.99. Not published and
+    chosen by us: 4 images per class, the proxies' learning rate, and the learning rate, whose lr / (1 - momentum)
+    matches the paper's 0.01 at momentum 0.9. Momentum is plain, not Nesterov.
     """
     return TrainConfig(
         recipe="sop_modern",
@@ -197,21 +196,21 @@ def inshop_modern() -> TrainConfig:
 
 
 def cars196_modern() -> TrainConfig:
-    """`sop_modern` for CARS196, 8 images of a class in a batch: recall@1 of 92.3."""
+    """`sop_modern` for CARS196 with 8 images per class: recall@1 of 92.3."""
     base = sop_modern()
     return replace(base, recipe="cars196_modern", data=replace(base.data, images_per_class=8))
 
 
 def cub200_modern() -> TrainConfig:
-    """`sop_modern` for CUB-200-2011, 8 images of a class in a batch, a tenth of the rate: recall@1 of 69.5."""
+    """`sop_modern` for CUB-200-2011 with 8 images per class and a tenth of the learning rate: recall@1 of 69.5."""
     base = cars196_modern()
     return replace(base, recipe="cub200_modern", optim=replace(base.optim, lr=0.0001))
 
 
 def sop_maxpool() -> TrainConfig:
-    """The paper's recipe with two changes of ProxyNCA++ on the same ResNet-50: recall@1 of 81.4 on SOP there.
+    """The paper's recipe with two changes from ProxyNCA++, which reports recall@1 of 81.4 on SOP with ResNet-50.
 
-    Maximum in place of mean pooling, and 10 times the learning rate for the proxies.
+    Max instead of mean pooling, and 10 times the learning rate for the proxies.
     """
     return _with_max_pooling(sop_resnet50(), "sop_maxpool")
 

@@ -1,4 +1,4 @@
-"""The phases and learning rates of a run: pure numbers."""
+"""Phases and learning rates of a run."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from nsl_dist.config import OptimConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """The iterations of a run: `num_new_layers_steps` that train the new layers only, then those that train all."""
+    """The iterations of a run: `num_new_layers_steps` train only the new layers, the following ones train all."""
 
     config: OptimConfig
     steps_per_epoch: int
@@ -24,7 +24,7 @@ class Schedule:
         return self.num_new_layers_steps + self.config.epochs * self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Return the backbone's learning rate at a step; constant in the first phase (paper, section 4.1)."""
+        """Return the backbone's learning rate at a step. It is constant in the first phase (paper, section 4.1)."""
         config, step = self.config, step - self.num_new_layers_steps
         if step < 0:
             return config.lr

@@ -1,10 +1,10 @@
-r"""Train while workers, nodes, the driver and the head are killed at random, and prove that nothing was lost.
+r"""Train while workers, nodes, the driver and the head are killed at random, and verify that nothing is lost.
 
     python jobs/bench/chaos.py --minutes 30
 
-Several Ray nodes run on this machine, on loopback. The same training is done twice: undisturbed, then killed at random
-times until the minutes are over. Batches, sampled classes and random numbers come from seed and step, and a checkpoint
-changes nothing of what comes after it: so weights, momentum and proxies of both must be equal to the last bit.
+Several Ray nodes run on this machine, on loopback. The same training runs twice: undisturbed, then with random kills
+for the given number of minutes. Batches, sampled classes and random numbers depend only on seed and step, and writing a
+checkpoint does not affect training, so weights, momentum and proxies must be bitwise equal.
 """
 
 import dataclasses
@@ -39,27 +39,27 @@ class ChaosConfig:
     """What to train and what to kill."""
 
     minutes: float = 30.0
-    """How long to kill; then the training is left in peace until its end."""
+    """How long to keep killing; afterwards the training runs undisturbed to its end."""
     victims: tuple[Victim, ...] = ("worker", "node", "driver", "head", "stop")
-    """What to kill: training workers, nodes, the driver, the head with all; stop tells the driver to leave in order."""
+    """What to kill: training workers, nodes, the driver or all (head). stop sends SIGTERM to the driver."""
     seconds_between: float = 10.0
-    """Seconds of training before the next, on average. One in five comes before the training is back."""
+    """Average seconds of training between kills. One in five comes before training has resumed."""
     num_workers: int = 2
-    """Training workers; with other numbers in between, sums over them would round otherwise."""
+    """Training workers. Constant, because another number would round sums differently."""
     nodes: int = 2
-    """Nodes beside the head. One that is killed is replaced."""
+    """Nodes in addition to the head. Killed nodes are replaced."""
     steps: int = 1000
-    """Iterations of the training, about."""
+    """Approximate number of iterations."""
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
     seed: int = 0
-    """Of the kills."""
+    """Seed of the kills."""
     storage: str | None = None
-    """Folder for runs and shards; an undisturbed training in it is not done again. None: one for temporary files."""
+    """Folder for runs and shards; reuses an undisturbed training in it. If None, a temporary folder."""
 
 
 class Nodes:
-    """Several Ray nodes on this machine: a head for the driver and the data, and others, with a CPU each."""
+    """A Ray cluster on this machine: a head for driver and data, and other nodes, with one CPU each."""
 
     def __init__(self, count: int) -> None:
         os.environ |= ENVIRONMENT  # before Ray is imported
@@ -74,7 +74,7 @@ class Nodes:
         self._next_address = 2
         self._cluster: Any = Cluster(
             initialize_head=True,
-            shutdown_at_exit=False,  # which only the main thread can arrange for; `kill_all` does it
+            shutdown_at_exit=False,  # only the main thread could do it; `kill_all` shuts down
             head_node_args={
                 "num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": memory,
                 "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": None,  # the next free one
@@ -84,18 +84,18 @@ class Nodes:
             self.add()
 
     def address(self) -> str:
-        """Return that of the head, for RAY_ADDRESS."""
+        """Return the head's address for RAY_ADDRESS."""
         return str(self._cluster.address)
 
     def add(self) -> None:
-        """Add a node; its own address keeps the driver away from it."""
+        """Add a node with its own address, so that the driver does not connect to it."""
         self._cluster.add_node(
             num_cpus=1, node_ip_address=f"127.0.0.{self._next_address}", object_store_memory=100 * 2**20
         )
         self._next_address += 1
 
     def kill_node(self, rng: random.Random) -> None:
-        """Kill all processes of a node at once, of one with a training worker if there is any."""
+        """Kill all processes of a random node, preferably one with a training worker."""
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.node_ip_address))
         self._kill_node(rng.choice([node for node in nodes if _training_workers(node)] or nodes))
 
@@ -106,7 +106,7 @@ class Nodes:
             _kill(pid)
 
     def preempt_node(self, seconds: int = 30) -> None:
-        """Give notice of a node, wait, and kill all its processes, as clouds do with spot nodes."""
+        """Announce the preemption of a node, wait, and kill all its processes, like a cloud does with spot nodes."""
         node = next(iter(self._cluster.worker_nodes))
         command = [
             str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address(), "--node-id",
@@ -118,7 +118,7 @@ class Nodes:
         self._kill_node(node)
 
     def kill_worker(self, rng: random.Random) -> bool:
-        """Kill one training worker; tell whether there was one."""
+        """Kill one training worker; return whether there was one."""
         nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
         workers = [pid for node in nodes for pid in _training_workers(node)]
         if workers:
@@ -126,18 +126,18 @@ class Nodes:
         return bool(workers)
 
     def kill_all(self) -> None:
-        """Kill head and nodes."""
+        """Kill the head and all nodes."""
         nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
         processes = [pid for node in nodes for pid in _descendants(_raylet(node))]
         for node in [*self._cluster.worker_nodes, self._cluster.head_node]:
             self._cluster.remove_node(node, allow_graceful=False)
         for pid in processes:
             _kill(pid)
-        self._cluster.shutdown()  # Ray forgets the address, which others on this machine would try
+        self._cluster.shutdown()  # removes the address, which other programs on this machine would try
 
 
 class Driver:
-    """A training job in a process of its own, its output in a file."""
+    """A training job in a separate process, with its output in a file."""
 
     def __init__(self, arguments: list[str], *, address: str, log: Path) -> None:
         self._arguments, self._log = arguments, log
@@ -150,12 +150,12 @@ class Driver:
         self.kill()
 
     def kill(self) -> None:
-        """Kill it, if it has not ended."""
+        """Kill the process if it is still running."""
         self.process.kill()
         self.process.wait()
 
     def start(self, address: str) -> None:
-        """Start it, or start it again."""
+        """Start or restart the job."""
         environment = os.environ | ENVIRONMENT | {"RAY_ADDRESS": address}
         command = [sys.executable, str(REPOSITORY / "jobs" / "train_sop.py"), *self._arguments]
         with self._log.open("a") as log:
@@ -165,47 +165,47 @@ class Driver:
 
     @property
     def output(self) -> str:
-        """All that it has said."""
+        """The output so far."""
         return self._log.read_text(errors="replace")
 
     @property
     def step(self) -> int:
-        """The iteration that it has shown last."""
+        """The last iteration in the output."""
         found = re.findall(r"^step (\d+)/", self.output.replace(",", ""), re.M)
         return int(found[-1]) if found else 0
 
     @property
     def attempts(self) -> list[int]:
-        """The iterations that its workers have begun with, each time that they were started."""
+        """The first iteration after each start of the workers."""
         return [int(found) for found in re.findall(r"^step (\d+): training", self.output.replace(",", ""), re.M)]
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until it has shown an iteration (see `wait`)."""
+        """Wait for an iteration (see `wait`)."""
         self.wait(lambda: self.step >= step, f"step {step}")
 
     def wait_for_attempt(self, number: int) -> None:
-        """Wait until its workers were started that often (see `wait`)."""
+        """Wait until the workers have started `number` times (see `wait`)."""
         self.wait(lambda: len(self.attempts) >= number, f"its attempt {number}")
 
     def wait(self, reached: Callable[[], bool], what: str, *, timeout: float = 600) -> None:
-        """Wait until it has reached something.
+        """Wait until `reached` returns true.
 
         Raises:
-            RuntimeError: it ended before, or took too long.
+            RuntimeError: the job ended before that, or the timeout expired.
 
         """
         deadline = time.monotonic() + timeout
         while not reached():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the training did not come to {what}:\n{self.output[-4000:]}")
+                raise RuntimeError(f"the training did not reach {what}:\n{self.output[-4000:]}")
             time.sleep(0.2)
 
 
 def compare(ours: str, theirs: str) -> float:
-    """Return the greatest difference between all tensors of two runs' newest checkpoints, as a share of the greatest.
+    """Return the largest difference between tensors of two runs' newest checkpoints, relative to their largest value.
 
     Raises:
-        ValueError: they do not hold the same tensors.
+        ValueError: the checkpoints contain different tensors.
 
     """
     first, second = (_tensors(run_dir) for run_dir in (ours, theirs))
@@ -221,7 +221,7 @@ def compare(ours: str, theirs: str) -> float:
 
 
 def _tensors(run_dir: str) -> dict[str, Any]:
-    """Return all tensors of the newest checkpoint, the rows of all workers joined."""
+    """Return all tensors of the newest checkpoint, with the rows of all workers concatenated."""
     newest = RunFolder(run_dir).newest_checkpoint()
     if newest is None:
         raise ValueError(f"{run_dir} has no complete checkpoint")
@@ -242,7 +242,7 @@ def _training_workers(node: Any) -> list[int]:
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """Yield the processes below one, itself left out."""
+    """Yield all descendants of a process."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
@@ -286,28 +286,28 @@ def main() -> None:
             with Driver([*arguments, "--run-name=undisturbed"], address=address, log=log) as driver:
                 if driver.process.wait() != 0:
                     raise ValueError(f"the undisturbed training failed:\n{driver.output[-4000:]}")
-            print("undisturbed training done", flush=True)
+            print("undisturbed training finished", flush=True)
         with Driver([*arguments, "--run-name=disturbed"], address=address, log=storage / "disturbed.log") as driver:
             kills = disturb(config, nodes, driver)
     finally:
         nodes.kill_all()
     show(kills)
     difference = compare(f"{storage}/runs/undisturbed", f"{storage}/runs/disturbed")
-    print(f"greatest difference of weights, momentum and proxies: {difference:.2g} of the greatest")
+    print(f"largest relative difference of weights, momentum and proxies: {difference:.2g}")
     if difference > 0:
-        raise ValueError(f"the disturbed training came out otherwise; see {storage}")
+        raise ValueError(f"the disturbed training has a different result; see {storage}")
     print("nothing was lost")
 
 
 def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str, Any]]:
-    """Kill at random until the time is over, start the driver again whenever it ended, and wait for its end.
+    """Kill at random until the time is over, restart the driver whenever it has ended, and wait for it to finish.
 
     Returns:
-        For each kill its victim, when (`at`) and at which `step`, the seconds until the next step (`recovered`) and the
-        steps done `again`, both None where another kill came first.
+        For each kill its victim, its time (`at`) and `step`, the seconds until training resumed (`recovered`) and the
+        number of repeated steps (`again`). The latter two are missing or None if another kill came first.
 
     Raises:
-        ValueError: the driver failed though nothing was killed since it was started.
+        ValueError: the driver failed although nothing was killed since it was started.
 
     """
     rng = random.Random(config.seed)
@@ -318,7 +318,7 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
     while True:
         time.sleep(0.2)
         now, attempts = time.monotonic(), driver.attempts
-        if len(attempts) > attempts_before:  # the training is back
+        if len(attempts) > attempts_before:  # training has resumed
             attempts_before = len(attempts)
             next_kill = now + rng.expovariate(1 / config.seconds_between)
             if kills and kills[-1]["recovered"] is None:
@@ -328,7 +328,7 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
             if status == 0:
                 return kills
             if not kills or kills[-1]["at"] < driver_started:
-                raise ValueError(f"the disturbed training ended by itself:\n{driver.output[-4000:]}")
+                raise ValueError(f"the disturbed training failed on its own:\n{driver.output[-4000:]}")
             driver.start(nodes.address())
             driver_started = now
         if next_kill is None or now < next_kill or now - started > 60 * config.minutes:
@@ -354,9 +354,9 @@ def disturb(config: ChaosConfig, nodes: Nodes, driver: Driver) -> list[dict[str,
 
 
 def show(kills: list[dict[str, Any]]) -> None:
-    """Print, for each kind of victim, how many there were and what they cost."""
-    print(f"\n{len(kills)} kills; of those that the training came back from before the next:")
-    print(f"{'':8}{'kills':>7}{'back':>6}{'s to next step':>16}{'most':>7}{'steps again':>13}{'most':>6}")
+    """Print the number and cost of kills per kind of victim."""
+    print(f"\n{len(kills)} kills; times are of those that training recovered from before the next one:")
+    print(f"{'':8}{'kills':>7}{'back':>6}{'s to resume':>16}{'max':>7}{'steps again':>13}{'max':>6}")
     for victim in sorted({kill["victim"] for kill in kills}):
         those = [kill for kill in kills if kill["victim"] == victim]
         back = [kill for kill in those if kill["recovered"] is not None]

@@ -1,10 +1,10 @@
-r"""How long a training waits for a checkpoint, and how much slower it is meanwhile: ours beside what PyTorch offers.
+r"""Benchmark checkpoints: how long training waits for one, and how much slower training is while it is written.
 
     python jobs/bench/checkpoint.py --classes 1000000 --dim 128
 
-One worker trains on made-up images, its class proxies in memory, and writes a checkpoint now and then. ours: copied,
-then written beside the training. torch_save: written while the training waits. dcp_async: `async_save` of
-torch.distributed.checkpoint. They take turns. The floor of the wait is one copy of the state from memory to memory.
+One worker trains on random images with its class proxies in memory. `ours` copies the state, then writes it in the
+background. `torch_save` blocks training while writing. `dcp_async` is `async_save` of torch.distributed.checkpoint.
+They take turns. The floor for the wait is one copy of the state in memory.
 """
 
 import dataclasses
@@ -39,24 +39,24 @@ Implementation = Literal["ours", "torch_save", "dcp_async"]
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """What to train and how to save it."""
+    """What to train, and how to save it."""
 
     classes: int = 1_000_000
-    """Classes."""
+    """Number of classes."""
     dim: int = 128
     """Embedding dimensions."""
     num_sampled: int = 10_000
-    """Classes that take part in a step."""
+    """Classes sampled per step."""
     implementations: tuple[Implementation, ...] = ("ours", "torch_save", "dcp_async")
-    """Which to measure."""
+    """Implementations to measure."""
     turns: int = 3
-    """Checkpoints of each; the medians count."""
+    """Checkpoints per implementation; medians are reported."""
     steps: int = 10
-    """Iterations between checkpoints; enough that the last one is written."""
+    """Iterations between checkpoints; must be enough for the previous one to finish."""
     directory: str | None = None
-    """Folder to write to. None: that for temporary files."""
+    """Folder to write to. If None, the system's temporary folder."""
     json: bool = False
-    """One JSON object a line instead of a table."""
+    """Print one JSON object per line instead of a table."""
 
 
 def _fail(error: OSError) -> None:
@@ -73,7 +73,7 @@ def _state(training: TrainingStep) -> dict[str, Any]:
 
 
 def savers(training: TrainingStep) -> dict[str, Callable[[Path], Callable[[], Any]]]:
-    """Return for each implementation a function that holds the training up, and returns one that waits for the end."""
+    """Return, per implementation, a function that blocks training and returns a function that waits for completion."""
     checkpointer = Checkpointer(training, digest="none")
 
     def ours(folder: Path) -> Callable[[], Any]:
@@ -93,7 +93,7 @@ def savers(training: TrainingStep) -> dict[str, Callable[[Path], Callable[[], An
 
 
 def measure(config: BenchConfig, directory: Path) -> list[dict[str, Any]]:
-    """Train, save in turns, and return one row for each implementation."""
+    """Train, save in turns, and return one row per implementation."""
     data = DataConfig(batch_size=80, images_per_class=5, image_size=64)
     settings = TrainConfig(
         data=data,
@@ -127,7 +127,7 @@ def measure(config: BenchConfig, directory: Path) -> list[dict[str, Any]]:
     }
     floors = []
     functions = savers(training)
-    for turn in range(config.turns + 1):  # the first is not counted: memory is touched for the first time
+    for turn in range(config.turns + 1):  # the first is not counted, because it allocates memory
         started = time.monotonic()
         for buffer, tensor in zip(buffers, state, strict=True):
             buffer.copy_(tensor)
@@ -167,7 +167,7 @@ def measure(config: BenchConfig, directory: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and print."""
     config = tyro.cli(BenchConfig, description=__doc__)
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # async_save asks for it
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # required by async_save
     directory = Path(tempfile.mkdtemp(prefix="nsl_dist_bench_", dir=config.directory))
     try:
         rows = measure(config, directory)
@@ -178,13 +178,13 @@ def main() -> None:
         print("\n".join(json.dumps(row) for row in rows))
         return
     print(f"{rows[0]['num_classes']:,} classes x {rows[0]['dim']}, {rows[0]['mib']:,.0f} MiB", file=sys.stderr)
-    print(f"{'':12}{'step ms':>9}{'wait ms':>9}{'x floor':>9}{'x ours':>8}{'step beside ms':>16}{'% of time':>11}")
+    print(f"{'':12}{'step ms':>9}{'wait ms':>9}{'x floor':>9}{'x ours':>8}{'ms while writing':>17}{'% of time':>11}")
     ours = next((row["wait_seconds"] for row in rows if row["implementation"] == "ours"), math.nan)
     for row in rows:
         print(
             f"{row['implementation']:12}{1000 * row['step_seconds']:9.0f}{1000 * row['wait_seconds']:9.0f}"
             f"{row['wait_seconds'] / row['floor_seconds']:9.2f}{row['wait_seconds'] / ours:8.2f}"
-            f"{1000 * row['step_beside_seconds']:16.0f}{100 * row['share_of_time']:11.3f}"
+            f"{1000 * row['step_beside_seconds']:17.0f}{100 * row['share_of_time']:11.3f}"
         )
 
 

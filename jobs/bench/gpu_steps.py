@@ -1,4 +1,4 @@
-"""Steps on a GPU, on tensors that are there already, and JPEGs decoded on it: a part of jobs/bench/train.py."""
+"""Part `gpu` of jobs/bench/train.py: training steps on tensors in GPU memory, and JPEG decoding on the GPU."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from nsl_dist.data.transforms import decode, normalise
 from nsl_dist.training.step import TrainingStep
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-# Of dense bfloat16 products, FLOP/s, by what the makers' data sheets say; the first whose words are in the GPU's name.
+# Peak dense bfloat16 FLOP/s according to data sheets. The first key whose words are in the GPU's name applies.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
@@ -82,7 +82,7 @@ def plain_builders(work: Work, images: Tensor, labels: Tensor) -> dict[str, Call
         (half, last, False, False), (half, last, False, True), (half, last, True, False), (half, last, True, True),
     ):  # fmt: skip
         if compiled and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-            continue  # torch.compile needs one
+            continue  # torch.compile needs a C compiler
         name = " ".join(
             ["plain", "bf16" if dtype else "float32", "nhwc" if memory_format is last else "nchw"]
             + ["compiled"] * compiled + ["fused"] * fused
@@ -137,7 +137,7 @@ def step_flops(work: Work, images: Tensor, labels: Tensor) -> int:
 
 
 def time_steps(work: Work, turns: int, proxy_classes: int) -> tuple[dict[str, float], int]:
-    """Return median seconds of a step by contestant, and FLOPs of forward and backward."""
+    """Return the median seconds of each step, and the FLOPs of forward and backward pass."""
     images, labels_B = images_of(work), work.plan.batch(0).labels
     labels = torch.from_numpy(labels_B).to(work.device)
     builders = plain_builders(work, images, labels) | our_builders(work, images, labels_B)

@@ -1,7 +1,7 @@
-"""The training of nsl_dist as one writes it in plain PyTorch: what jobs/bench/train.py compares with.
+"""The plain PyTorch equivalent of nsl_dist's training, used as a baseline by jobs/bench/train.py.
 
-DataLoader, DistributedDataParallel and torch.optim.SGD, with a dense softmax over all proxies, which are a parameter
-like any other. Model, batches, augmentation, learning rates and initial weights are those of nsl_dist.
+It uses DataLoader, DistributedDataParallel and torch.optim.SGD, with a dense softmax over all proxies as an ordinary
+parameter. Model, batches, augmentation, learning rates and initial weights are those of nsl_dist.
 """
 
 import itertools
@@ -34,7 +34,7 @@ from nsl_dist.training.step import TrainingStep
 
 @dataclass(frozen=True)
 class Work:
-    """The data and how to train on it, for every contestant."""
+    """Data and training configuration, shared by all contestants."""
 
     config: TrainConfig
     plan: ClassBalancedPlan
@@ -42,7 +42,7 @@ class Work:
 
     @property
     def device(self) -> torch.device:
-        """Where to train."""
+        """Device to train on."""
         return torch.device(self.config.device)
 
     @property
@@ -51,7 +51,7 @@ class Work:
         return Schedule(self.config.optim, self.plan.steps_per_epoch)
 
     def images(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, PlannedBatch]:
-        """Make one worker's part of a batch, as a task of the data pipeline does."""
+        """Create one worker's part of a batch, like a task of the data pipeline."""
         part = self.plan.part(step, rank=rank, world_size=world_size)
         positions = range(rank * len(part.labels), (rank + 1) * len(part.labels))
         config, seed = self.config.data, self.plan.seed
@@ -59,24 +59,24 @@ class Work:
         return augment(fetched, positions, config, seed=seed, step=step), part
 
     def training_step(self, config: TrainConfig, num_classes: int) -> TrainingStep:
-        """Return our step for one worker."""
+        """Return nsl_dist's training step for one worker."""
         steps = self.plan.steps_per_epoch
         return TrainingStep(config, num_classes=num_classes, schedule=Schedule(config.optim, steps), device=self.device)
 
 
 class Parts(Dataset[tuple[Tensor, Tensor]]):
-    """One worker's parts of the batches, by step: images and their classes."""
+    """One worker's part of each batch, by step: images and labels."""
 
     def __init__(self, work: Work, rank: int, world_size: int) -> None:
         self.work, self.rank, self.world_size = work, rank, world_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Make one."""
+        """Return the images and labels of one step."""
         images, part = self.work.images(step, rank=self.rank, world_size=self.world_size)
         return images, torch.from_numpy(part.labels)
 
     def loader(self, num_steps: int, num_processes: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Make all of them in order, in processes of torch's."""
+        """Return a DataLoader over all steps in order."""
         pin = self.work.device.type == "cuda"
         return DataLoader(
             self,
@@ -90,7 +90,7 @@ class Parts(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Classifier(nn.Module):
-    """The model and a dense normalised softmax, as the loss's authors publish it."""
+    """The model and a dense normalised softmax, as published by the paper's authors."""
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class PlainStep:
-    """A step as one writes it in plain PyTorch."""
+    """A training step in plain PyTorch."""
 
     forward: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.SGD
@@ -118,7 +118,7 @@ class PlainStep:
     memory_format: torch.memory_format = torch.channels_last
 
     def run(self, images_bCHW: Tensor, labels_b: Tensor) -> Tensor:
-        """Do one step."""
+        """Run one step."""
         images_bCHW = normalise(images_bCHW).contiguous(memory_format=self.memory_format)
         with torch.autocast(images_bCHW.device.type, self.dtype) if self.dtype else nullcontext():
             loss = self.forward(images_bCHW, labels_b)
@@ -139,14 +139,14 @@ def sgd(classifier: Classifier, config: TrainConfig, *, fused: bool | None = Non
 
 
 def settle(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished all pending work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training says of its speed after the warm-up."""
+    """First loss of a training, and its speed after the warm-up."""
 
     first_loss: float
     images_per_second: float
@@ -204,14 +204,14 @@ def twin_training(rank: int, work: Work, world_size: int, num_processes: int, *,
 
 
 def summarise(windows: list[tuple[int, float, float]], first_loss: float, *, batch_size: int, warm_up: int) -> Trained:
-    """Sum up windows of steps, each with its last step, seconds a step and share of waiting, from the warm-up on."""
+    """Summarise windows of (last step, seconds per step, share of waiting) after the warm-up."""
     counted = [
         (step - before, seconds, share)
         for (before, _, _), (step, seconds, share) in itertools.pairwise(windows)
         if before >= warm_up
     ]
     if not counted:
-        raise ValueError(f"--warm-up {warm_up} leaves nothing of {windows[-1][0]} steps; give more --steps")
+        raise ValueError(f"--warm-up {warm_up} leaves nothing to measure of {windows[-1][0]} steps; increase --steps")
     total = sum(steps * seconds for steps, seconds, _ in counted)
     num_images = batch_size * sum(steps for steps, _, _ in counted)
     waited = sum(steps * seconds * share for steps, seconds, share in counted)

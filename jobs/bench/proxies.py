@@ -1,16 +1,16 @@
-r"""Time and memory of a step of the class-proxy matrix: ours beside what its users come from.
+r"""Benchmark time and memory of a step of the class-proxy matrix, compared with common alternatives.
 
     python jobs/bench/proxies.py --classes 20000 100000 1000000 --num-sampled 10000
     python jobs/bench/proxies.py --classes 100000 --sample-rate 0.1 --workers 1 2 --json
 
-ours: `nsl_dist.proxies`. dense: softmax over all classes, torch.optim.SGD. autograd_gather: sampled softmax over
-weight[index] with a dense gradient of the whole matrix and torch.optim.SGD, as InsightFace describes its PartialFC_V2.
-pml: NormalizedSoftmaxLoss of pytorch-metric-learning (extra `bench`), torch.optim.SGD.
+`ours` is `nsl_dist.proxies`. `dense` is a softmax over all classes. `autograd_gather` is a sampled softmax over
+weight[index], with a dense gradient of the whole matrix, as InsightFace describes its PartialFC_V2. `pml` is
+NormalizedSoftmaxLoss of pytorch-metric-learning (extra `bench`). All but `ours` use torch.optim.SGD.
 
-Each contestant is a process, or one for each worker. They take turns, so that a noisy machine is as noisy for all.
-A step is forward, backward and update for given embeddings. The floor is what this machine needs at least, by the
-rates printed at the start: rows of the classes taking part and their momentum read and written once, three matrix
-products. Extra memory is the peak of a step without weights and momentum, all workers together.
+Each contestant has one process per worker. They take turns, so that noise of the machine affects all of them equally. A
+step is forward pass, backward pass and update for given embeddings. The floor is the time that this machine needs at
+least, according to the rates printed at the start: reading and writing the sampled rows and their momentum once, and
+three matrix products. Extra memory is the peak of a step without weights and momentum, summed over all workers.
 """
 
 import ctypes
@@ -47,30 +47,30 @@ Implementation = Literal["ours", "autograd_gather", "dense", "pml"]
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The grid: every combination of the lists is measured."""
+    """The grid to measure: every combination of the lists."""
 
     classes: tuple[int, ...] = (20_000, 100_000)
     """Numbers of classes."""
     dim: tuple[int, ...] = (512,)
     """Embedding dimensions."""
     sample_rate: tuple[float, ...] = (0.1,)
-    """Shares of the classes that take part in a step."""
+    """Fractions of the classes sampled per step."""
     num_sampled: tuple[int, ...] = ()
-    """Numbers of classes that take part in a step, in place of --sample-rate."""
+    """Numbers of classes sampled per step, instead of --sample-rate."""
     batch: int = 128
     """Images in the global batch."""
     workers: tuple[int, ...] = (1,)
-    """Numbers of workers, gloo on CPUs; dense and pml are measured with one only."""
+    """Numbers of workers (gloo, on CPUs). dense and pml only run with one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is a GPU."""
+    """Device. auto: cuda if there is a GPU."""
     implementations: tuple[Implementation, ...] = ("ours", "autograd_gather", "dense", "pml")
-    """What is measured."""
+    """Implementations to measure."""
     proxies: ProxyConfig = field(default_factory=ProxyConfig)
-    """Options of ours; its sampling is that of the grid."""
+    """Options of `ours`, except for sampling, which the grid determines."""
     turns: int = 7
-    """Turns of each contestant, each of one step that does not count and three that do."""
+    """Turns per contestant; each has one warm-up step and three measured steps."""
     json: bool = False
-    """One JSON object a line instead of a table."""
+    """Print one JSON object per line instead of a table."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,19 @@ class Ours:
         self.num_steps = 0
 
     def step(self, embeddings_bD: Tensor, labels_B: NDArray[np.int64]) -> None:
-        """Do one step."""
+        """Run one step."""
         loss = self.matrix.loss(embeddings_bD, labels_B, step=self.num_steps, lr=LR)
         torch.autograd.backward(loss)
         self.num_steps += 1
 
     @property
     def tables(self) -> list[Tensor]:
-        """What a training keeps from step to step."""
+        """State kept between steps."""
         return [table for table in self.matrix.state().values() if self.matrix.config.placement != "disk"]
 
 
 class Dense:
-    """Softmax over all classes: the loss as the authors publish it."""
+    """Softmax over all classes: the loss as published by the paper's authors."""
 
     def __init__(self, contestant: Contestant, rank: int, device: torch.device) -> None:
         bound = contestant.dim**-0.5
@@ -125,7 +125,7 @@ class Dense:
         return F.cross_entropy(logits / TEMPERATURE, labels_B)
 
     def step(self, embeddings_bD: Tensor, labels_B: NDArray[np.int64]) -> None:
-        """Do one step."""
+        """Run one step."""
         self.optimizer.zero_grad()
         loss = self.loss(embeddings_bD, torch.from_numpy(labels_B).to(embeddings_bD.device))
         torch.autograd.backward(loss)
@@ -133,7 +133,7 @@ class Dense:
 
     @property
     def tables(self) -> list[Tensor]:
-        """What a training keeps from step to step."""
+        """State kept between steps."""
         parameters = self.optimizer.param_groups[0]["params"]
         return [*parameters, *(self.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)]
 
@@ -155,7 +155,7 @@ class PytorchMetricLearning(Dense):
 
 
 class AutogradGather(Dense):
-    """Sampled softmax whose gather is left to autograd: its gradient is as large as the matrix."""
+    """Sampled softmax with an autograd gather, whose gradient is as large as the matrix."""
 
     def __init__(self, contestant: Contestant, rank: int, device: torch.device) -> None:
         super().__init__(contestant, rank, device)
@@ -220,7 +220,7 @@ class _PartitionedCrossEntropy(torch.autograd.Function):
 
 
 def build(contestant: Contestant, rank: int, device: torch.device, config: ProxyConfig) -> Ours | Dense:
-    """Return a contestant that is ready to do steps."""
+    """Build a contestant."""
     match contestant.implementation:
         case "ours":
             return Ours(contestant, rank, device, config)
@@ -238,7 +238,7 @@ def _bytes_said_by(file: str, name: str) -> int:
 
 
 def anonymous_memory() -> int:
-    """Return this process's anonymous resident memory, bytes: pages of files and their caches left out."""
+    """Return this process's anonymous resident memory in bytes, which excludes file pages and caches."""
     return _bytes_said_by("/proc/self/status", "RssAnon")
 
 
@@ -257,20 +257,20 @@ def batches(contestant: Contestant, batch: int, rank: int, device: torch.device)
 def compete(
     contestant: Contestant, config: BenchConfig, rank: int, device: torch.device, port: int, orders: Connection
 ) -> None:
-    """Build a contestant in a process of its own, then time steps, or measure memory, whenever told to."""
+    """Build a contestant in a separate process, then time steps or measure memory on request."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // contestant.workers))
     if contestant.workers > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         dist.init_process_group("gloo", rank=rank, world_size=contestant.workers)
     proxies = ProxyConfig(**asdict(config.proxies) | {"num_sampled": contestant.num_sampled})
 
-    # A small one of its kind first: what libraries set aside for themselves is no part of what a step takes.
+    # Run a small one first, so that memory allocated once by libraries is not counted.
     small = Contestant(contestant.implementation, 4096, contestant.dim, 1024, contestant.workers)
     warm = build(small, rank, device, proxies)
     for batch in itertools.islice(batches(small, config.batch, rank, device), 2):
         warm.step(*batch)
     del warm
-    ctypes.CDLL(None).malloc_trim(0)  # what is left of it would hide some of what is to come
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise leftovers would hide new allocations
     before = anonymous_memory()
     built = build(contestant, rank, device, proxies)
     source = batches(contestant, config.batch, rank, device)
@@ -301,7 +301,7 @@ def _settle(device: torch.device) -> None:
 
 
 def _peak_extra_bytes(built: Ours | Dense, steps: list[Batch], before: int, device: torch.device) -> int:
-    """Return the most memory in use during steps, less that of the tables and of an idle process."""
+    """Return the peak memory during steps, minus that of the tables and of an idle process."""
     tables = sum(table.numel() * table.element_size() for table in built.tables)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -325,7 +325,7 @@ def _peak_extra_bytes(built: Ours | Dense, steps: list[Batch], before: int, devi
 
 
 def machine_rates(device: torch.device) -> tuple[float, float]:
-    """Measure bytes a second of a copy (read and written) and float operations a second of a matrix product."""
+    """Measure bytes/s of a copy (read and written) and FLOP/s of a matrix product."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     left, right = torch.ones(2048, 2048, device=device), torch.ones(2048, 2048, device=device)
@@ -351,7 +351,7 @@ def floor_seconds(contestant: Contestant, batch: int, bytes_per_second: float, f
 
 
 def contestants_of(config: BenchConfig) -> list[Contestant]:
-    """Return every line of the grid."""
+    """Return all contestants of the grid."""
     found = []
     for workers, dim, num_classes in itertools.product(config.workers, config.dim, config.classes):
         sizes = config.num_sampled or tuple(round(rate * num_classes) for rate in config.sample_rate)
@@ -367,12 +367,12 @@ def contestants_of(config: BenchConfig) -> list[Contestant]:
 
 
 def rounds_that_fit(contestants: list[Contestant], config: BenchConfig, memory: int) -> Iterator[list[Contestant]]:
-    """Yield those that are measured side by side; one that does not fit alone is left out, with a word."""
+    """Yield groups that fit in memory together; report and skip contestants that do not fit alone."""
     together: list[Contestant] = []
     taken = 0
     for contestant in contestants:
         matrix = 4 * contestant.num_classes * contestant.dim
-        # Weights, momentum, and for the dense ones gradients, normalised weights and theirs, logits and theirs.
+        # Weights and momentum; for dense ones also gradients, and normalised weights and logits with their gradients.
         if contestant.implementation == "ours":
             num_bytes = 0 if config.proxies.placement == "disk" else 2 * matrix
         elif contestant.implementation == "autograd_gather":
@@ -380,8 +380,8 @@ def rounds_that_fit(contestants: list[Contestant], config: BenchConfig, memory: 
         else:
             num_bytes = 9 * matrix + 3 * 4 * config.batch * contestant.num_classes
         if num_bytes > memory:
-            needs = f"needs {num_bytes / 2**30:.0f} GiB, there are {memory / 2**30:.0f}"
-            print(f"left out, {needs}: {contestant}", file=sys.stderr)
+            needs = f"needs {num_bytes / 2**30:.0f} GiB, {memory / 2**30:.0f} GiB available"
+            print(f"skipped, {needs}: {contestant}", file=sys.stderr)
             continue
         if taken + num_bytes > memory:
             yield together
@@ -393,8 +393,8 @@ def rounds_that_fit(contestants: list[Contestant], config: BenchConfig, memory: 
 
 
 def measure(together: list[Contestant], config: BenchConfig, device: torch.device) -> list[tuple[list[float], int]]:
-    """Return milliseconds of each step, the slowest worker's, and peak extra bytes, for each contestant."""
-    context = mp.get_context("forkserver")  # which imports this module once for all
+    """Return, per contestant, milliseconds of each step (of the slowest worker) and peak extra bytes."""
+    context = mp.get_context("forkserver")  # imports this module only once
     teams: list[list[Connection]] = []
     processes = []
     for contestant in together:
@@ -433,7 +433,7 @@ def measure(together: list[Contestant], config: BenchConfig, device: torch.devic
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the memory that contestants may share, bytes."""
+    """Return the memory available to contestants, in bytes."""
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info()[0])
     return int(0.8 * _bytes_said_by("/proc/meminfo", "MemAvailable"))
@@ -448,7 +448,7 @@ def main() -> None:
         if config.batch % workers:
             raise ValueError(f"--batch {config.batch} is not divisible by {workers} workers")
         if workers > 1 and cuda:
-            raise ValueError(f"--workers {workers} are measured on CPUs; set --device cpu or --workers 1")
+            raise ValueError(f"--workers {workers} is only supported on CPUs; set --device cpu or --workers 1")
     contestants = contestants_of(config)
     bytes_per_second, flops = machine_rates(device)
     print(

@@ -1,18 +1,18 @@
-r"""Time and memory of exact retrieval: ours, sharded and with ties settled, beside what its users come from.
+r"""Benchmark time and memory of exact retrieval, compared with faiss and pytorch-metric-learning.
 
     python jobs/bench/search.py
     python jobs/bench/search.py --dim 2048 --implementations ours_float ours_binary faiss_flat faiss_binary
     python jobs/bench/search.py --num-vectors 2000000 --dim 128 --num-queries 20000 --implementations ours_float
 
-Random unit vectors around planted classes of five look for their k nearest among each other, as many as the test split
-of Stanford Online Products has. ours_float, ours_binary: `nsl_dist.retrieval`, from embeddings on disk to recall,
-R-precision and MAP@R, actors started within the time, Ray before it. faiss_flat, faiss_binary: the same from the same
-files in one process, all neighbours at once from one IndexFlatIP or IndexBinaryFlat. pml: AccuracyCalculator of
-pytorch-metric-learning (extra `bench`), precision@1, R-precision and MAP@R, on --pml-queries of the queries, its time
-scaled up to all of them, vectors in memory.
+Random unit vectors in planted classes of five search for their k nearest neighbours among each other; by default there
+are as many as in the test split of Stanford Online Products. `ours_float` and `ours_binary` are `nsl_dist.retrieval`,
+from embeddings on disk to recall, R-precision and MAP@R; the time includes starting actors but not Ray. `faiss_flat`
+and `faiss_binary` do the same in one process with one IndexFlatIP or IndexBinaryFlat and a single search. `pml` is the
+AccuracyCalculator of pytorch-metric-learning (extra `bench`) with precision@1, R-precision and MAP@R on vectors in
+memory, measured on --pml-queries queries and scaled up to all.
 
-Each runs in a process tree of its own, one after the other in turns, so that a noisy machine is as noisy for all. The
-peak is of all processes of the tree together, vectors, Ray and its object store included.
+They take turns, each in its own process tree, so that noise of the machine affects all of them equally. Peak memory is
+that of the whole tree, including vectors, Ray and its object store.
 """
 
 import json
@@ -45,38 +45,38 @@ class BenchConfig:
     """What to measure."""
 
     num_vectors: int = 60502
-    """Vectors of the gallery."""
+    """Number of vectors in the gallery."""
     num_queries: int | None = None
-    """Queries, the first of the vectors. None: all."""
+    """Number of queries, taken from the start of the vectors. If None, all of them."""
     dim: tuple[int, ...] = (512,)
-    """Dimensions, and bits of the binary codes."""
+    """Embedding dimensions and bits of the binary codes."""
     k: int = 1001
-    """Neighbours of each query."""
+    """Number of neighbours per query."""
     implementations: tuple[Implementation, ...] = ("ours_float", "faiss_flat", "ours_binary", "faiss_binary", "pml")
-    """Which to measure."""
+    """Implementations to measure."""
     pml_queries: int = 2000
-    """Queries of pml, which holds queries x k x dimensions at once."""
+    """Number of queries for pml, which needs memory for queries x k x dimensions."""
     turns: int = 3
-    """How often each is measured; the median counts."""
+    """Number of measurements per implementation; the median is reported."""
     num_shards: int = 1
-    """Shards of ours, each in a process."""
+    """Shards of ours, one process each."""
     memory_budget: float = 4.0
-    """GiB for embeddings and neighbours of ours."""
+    """GiB of embeddings and neighbours for ours."""
     json: bool = False
-    """One JSON object a line instead of a table."""
+    """Print one JSON object per line instead of a table."""
 
     def __post_init__(self) -> None:
         if self.num_queries is not None and not 1 <= self.num_queries <= self.num_vectors:
             raise ValueError(f"--num-queries {self.num_queries} must be in 1 to --num-vectors {self.num_vectors}")
         if not IMAGES_PER_CLASS - 1 <= self.k < self.num_vectors:
             raise ValueError(
-                f"--k {self.k} must be in {IMAGES_PER_CLASS - 1}, the matches of a query, to --num-vectors "
-                f"{self.num_vectors} - 1"
+                f"--k {self.k} must be at least {IMAGES_PER_CLASS - 1}, the matches of a query, and less than "
+                f"--num-vectors {self.num_vectors}"
             )
 
 
 def write_vectors(location: str, num_vectors: int, dim: int) -> EmbeddingSet:
-    """Write random unit vectors around planted classes, some at a time."""
+    """Write random unit vectors around planted class centres, in blocks."""
     rng = np.random.default_rng(0)
     files, counts = [], []
     for start in range(0, num_vectors, ROWS_AT_ONCE):
@@ -101,7 +101,7 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
 
     cluster.connect(num_cpus=1)
     warm = ray.remote(lambda: os.getpid())
-    ray.get([warm.remote() for _ in range(os.cpu_count() or 1)])  # Ray's workers are up
+    ray.get([warm.remote() for _ in range(os.cpu_count() or 1)])  # wait for Ray's workers to start
     started = time.perf_counter()
     judge = judge_of(vectors, vectors)
     search_config = EvalConfig(num_shards=config.num_shards, memory_budget=config.memory_budget)
@@ -115,7 +115,7 @@ def ours(vectors: EmbeddingSet, config: BenchConfig, kind: Any) -> float:
 
 
 def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
-    """Return the seconds of one index in one process."""
+    """Return the seconds of one faiss index in one process."""
     import faiss
 
     from nsl_dist.retrieval.neighbours import without
@@ -131,7 +131,7 @@ def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
     index.add(gallery)
     _, ids = index.search(queries, config.k + 1)
     print(f"index alone: {time.perf_counter() - searching:.1f} s", file=sys.stderr, flush=True)
-    for start in range(0, len(queries), 4096):  # all at once would take several times the memory
+    for start in range(0, len(queries), 4096):  # all at once would need several times the memory
         block = range(start, min(start + 4096, len(queries)))
         part = slice(block.start, block.stop)
         ranks = judge(block, without(np.array(block), ids[part]))
@@ -140,7 +140,7 @@ def faiss_alone(vectors: EmbeddingSet, config: BenchConfig, kind: str) -> float:
 
 
 def pml(vectors: EmbeddingSet, config: BenchConfig) -> float:
-    """Return the seconds of pytorch-metric-learning, scaled to all queries."""
+    """Return the seconds of pytorch-metric-learning, scaled up to all queries."""
     import torch
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
@@ -161,8 +161,8 @@ def pml(vectors: EmbeddingSet, config: BenchConfig) -> float:
 
 
 def compete(implementation: Implementation, vectors: EmbeddingSet, config: BenchConfig, answer: Connection) -> None:
-    """Measure one implementation, in a process of its own."""
-    sys.stdout = sys.stderr  # progress; standard output is the table's
+    """Measure one implementation in a separate process."""
+    sys.stdout = sys.stderr  # progress lines; stdout is for the table
     if implementation == "pml":
         answer.send(pml(vectors, config))
     elif implementation.startswith("faiss"):
@@ -172,12 +172,12 @@ def compete(implementation: Implementation, vectors: EmbeddingSet, config: Bench
 
 
 def tree_bytes(root: int) -> int:
-    """Return the memory of a process and all below it: their own pages, and shared memory once."""
+    """Return the memory of a process and its descendants, counting shared memory once."""
     parents, sizes, shared = {}, {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
         pid = int(status.parent.name)
         parents[pid] = int(lines["PPid"])
@@ -197,7 +197,7 @@ def tree_bytes(root: int) -> int:
 
 def measure(implementation: Implementation, vectors: EmbeddingSet, config: BenchConfig) -> tuple[float, int]:
     """Return seconds and peak bytes of one implementation."""
-    context = mp.get_context("forkserver")  # which imports this module once for all
+    context = mp.get_context("forkserver")  # imports this module only once
     ours_end, theirs = context.Pipe()
     process = context.Process(target=compete, args=(implementation, vectors, config, theirs))
     process.start()
@@ -271,7 +271,7 @@ def main() -> None:
                 flush=True,
             )
         if "pml" in config.implementations and config.pml_queries < num_queries and not config.json:
-            print(f"pml measured on {config.pml_queries:,} queries, its seconds scaled up to all", flush=True)
+            print(f"pml was measured on {config.pml_queries:,} queries; its seconds are scaled up to all", flush=True)
 
 
 if __name__ == "__main__":

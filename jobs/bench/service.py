@@ -1,11 +1,11 @@
-r"""Time of the search service under load, beside the model and faiss alone in one process.
+r"""Benchmark the search service under load, compared with the model and faiss alone in one process.
 
     python jobs/bench/service.py
     python jobs/bench/service.py --num-images 100000 --backbone resnet50 --image-size 224 --dim 512
 
-A gallery of small random images and an untrained model are made, embedded and served by jobs/search.py on this machine.
-Clients ask one query after the other, each in a thread of its own with its own connection. The floor decodes, embeds
-and searches the same images one by one, in this process, with all cores; ratios are to it.
+jobs/search.py embeds a gallery of small random images with an untrained model and serves it on this machine. Each
+client is a thread with its own connection that sends one query after the other. The floor decodes, embeds and searches
+the same images one by one in this process, with all cores; ratios are relative to it.
 """
 
 import http.client
@@ -38,26 +38,26 @@ class BenchConfig:
     """What to measure."""
 
     num_images: int = 20000
-    """Images of the gallery."""
+    """Number of images in the gallery."""
     num_queries: int = 1000
-    """Queries of each kind, images that the gallery has not."""
+    """Queries of each kind; their images are not in the gallery."""
     clients: tuple[int, ...] = (1, 8)
-    """Clients that ask at once."""
+    """Numbers of concurrent clients."""
     k: int = 10
     """Neighbours of each query."""
     backbone: str = "resnet18"
-    """Of the model, by torchvision's name."""
+    """Name of a torchvision model."""
     dim: int = 128
-    """Dimensions, and bits of the binary codes."""
+    """Embedding dimensions and bits of the binary codes."""
     image_size: int = 64
-    """Edge of what the model sees, pixels; the images are half as large again."""
+    """Width and height of the model's input, in pixels; images are 1.5 times as large."""
     json: bool = False
-    """One JSON object a line instead of a table."""
+    """Print one JSON object per line instead of a table."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each query, of all, and how many failed."""
+    """Seconds per query, total seconds, and number of failed queries."""
 
     seconds: list[float]
     took: float
@@ -65,22 +65,22 @@ class Measured:
 
     @property
     def p50(self) -> float:
-        """Median, milliseconds."""
+        """Median in milliseconds."""
         return float(1000 * np.percentile(self.seconds, 50))
 
     @property
     def p95(self) -> float:
-        """95th percentile, milliseconds."""
+        """95th percentile in milliseconds."""
         return float(1000 * np.percentile(self.seconds, 95))
 
     @property
     def rate(self) -> float:
-        """Queries a second."""
+        """Queries per second."""
         return len(self.seconds) / self.took
 
 
 def write_images(folder: Path, count: int, edge: int, *, seed: int) -> None:
-    """Write JPEGs, random colours in a grid of 4 x 4 that run into each other."""
+    """Write JPEGs: smoothly interpolated 4 x 4 grids of random colours."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -89,7 +89,7 @@ def write_images(folder: Path, count: int, edge: int, *, seed: int) -> None:
 
 
 def write_checkpoint(location: Path, config: BenchConfig) -> None:
-    """Write an untrained model as a checkpoint keeps it."""
+    """Write an untrained model in the format of a checkpoint."""
     from nsl_dist.embedder import describe, weights_of
     from nsl_dist.model import build_model
     from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
@@ -102,7 +102,7 @@ def write_checkpoint(location: Path, config: BenchConfig) -> None:
 
 
 def measure_floor(search: SearchConfig, queries: list[bytes], config: BenchConfig) -> dict[Kind, Measured]:
-    """Measure model and index in this process, by kind."""
+    """Measure model and index in this process, by kind of embeddings."""
     import ray
 
     from nsl_dist.retrieval.image_search import Query, Searcher, prepare_gallery
@@ -158,7 +158,7 @@ def measure_service(port: int, kind: Kind, clients: int, queries: list[bytes], c
 
 
 def wait_until_serving(process: subprocess.Popen[str]) -> None:
-    """Show what the job says until it serves."""
+    """Forward the output of the job until it is serving."""
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", file=sys.stderr, flush=True)
@@ -168,7 +168,7 @@ def wait_until_serving(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> None:
-    """Make a gallery, measure, print the table."""
+    """Create a gallery, measure, print the table."""
     config = tyro.cli(BenchConfig, description=__doc__)
     with tempfile.TemporaryDirectory(prefix="nsl_dist_bench_") as location:
         root = Path(location)
@@ -183,7 +183,7 @@ def main() -> None:
         search = SearchConfig(
             checkpoint=str(root / "checkpoint"), gallery=str(root / "gallery"), storage=str(root / "storage"), port=port
         )
-        command = [sys.executable, str(Path(__file__).with_name("search.py"))]
+        command = [sys.executable, str(Path(__file__).parents[1] / "search.py")]
         command += [f"--{name}={getattr(search, name)}" for name in ("checkpoint", "gallery", "storage", "port")]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         try:

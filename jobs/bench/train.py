@@ -1,6 +1,6 @@
-r"""Speed of training itself: stages, data pipeline and whole trainings, beside plain PyTorch on the same images.
+r"""Benchmark training: stages, data pipeline and whole trainings, compared with plain PyTorch on the same images.
 
-On two CPU cores, on built-in synthetic products, in a quarter of an hour; then one part of it:
+On two CPU cores with built-in synthetic products, in a quarter of an hour; then only one part of it:
 
     python jobs/bench/train.py
     python jobs/bench/train.py --parts data --turns 5
@@ -9,22 +9,22 @@ The paper's model on a machine with GPUs:
 
     python jobs/bench/train.py --recipe sop_resnet50 --data.root sop_shards --data.batch-size 80 --steps 300 --json
 
-Beside the flags below it takes those of jobs/train_sop.py. --json prints one object a line, for each part; all else
-goes to stderr. Contestants take turns, each in fresh processes, so that a noisy machine is as noisy for all.
+It also takes all flags of jobs/train_sop.py. --json prints one object per line and part to stdout, everything else goes
+to stderr. Contestants take turns, each in fresh processes, so that noise of the machine affects all of them equally.
 
-stages: what a batch costs in one process: data stages with one thread, as in the tasks of Ray Data, the others with
-those of a worker. `step` and `batch` are the same work as training does it. The share is that of a step.
+stages: the cost of a batch in one process. Data stages use one thread, like the tasks of Ray Data; the others use the
+threads of a worker. `batch` and `step` are the same work done by the real code. `share` is relative to `step`.
 
-data: the tasks of the data pipeline called on every core without anything around them (pure), our pipeline on as many
-CPUs of Ray, read by a consumer that does nothing, and torch's DataLoader with as many processes.
+data: the tasks of the data pipeline on every core with nothing around them (pure), our pipeline on as many Ray CPUs
+with a consumer that does nothing, and torch's DataLoader with as many processes.
 
-training: jobs/train_sop.py's training against a twin: DataLoader, DistributedDataParallel and torch.optim.SGD, with a
-dense softmax over all proxies, a parameter like any other. Model, batches, augmentation, threads and initial weights
-are the same, the twin's processes for data at least as many: on every worker the same number.
+training: the training of jobs/train_sop.py against a twin in plain PyTorch: DataLoader, DistributedDataParallel and
+torch.optim.SGD, with a dense softmax over all proxies as an ordinary parameter. Model, batches, augmentation, threads
+and initial weights are the same. The twin has at least as many data processes, the same number on every worker.
 
-gpu: steps on tensors that are there already, by precision, memory format, compiler and optimiser; utilisation is
-measured FLOPs of forward and backward by the peak for dense bfloat16. ours: nsl_dist's step, with its ratio to the
-plain one that is like it. Of many classes a tenth is sampled; `added` is to the same model without any loss.
+gpu: steps on tensors in GPU memory, by precision, memory format, compiler and optimiser. Utilisation is the FLOPs of
+forward and backward pass divided by the peak for dense bfloat16. `ours` is nsl_dist's step, with its ratio to the
+equivalent plain one. `many classes` samples a tenth of them; `added` is relative to the same model without any loss.
 """
 
 import dataclasses
@@ -70,31 +70,31 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured; all other flags are those of jobs/train_sop.py."""
+    """What to measure; all other flags are those of jobs/train_sop.py."""
 
     parts: tuple[Literal["stages", "data", "training", "gpu"], ...] = ("stages", "data", "training", "gpu")
-    """Parts of the benchmark."""
+    """Parts of the benchmark to run."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of training workers."""
     batches: int = 500
-    """Of each core in a turn of `data`, a fifth of which do not count; many, as our tasks make up to 32 at once."""
+    """Batches per core in a turn of `data`; a fifth does not count. Many, because a task makes up to 32 at once."""
     steps: int = 100
-    """Of each training, rounded up to whole epochs."""
+    """Steps per training, rounded up to whole epochs."""
     warm_up: int = 20
-    """Of those at the start that do not count: batches wait for the first steps, which are not as fast as the rest."""
+    """Initial steps that do not count, because they are slower and batches queue up meanwhile."""
     turns: int = 3
-    """Turns of each contestant; `stages` takes 5 batches and `gpu` 10 steps for each."""
+    """Turns per contestant; each takes 5 batches in `stages` and 10 steps in `gpu`."""
     proxy_classes: int = 1_000_000
-    """Classes of which `gpu` samples a tenth."""
+    """Number of classes in `gpu`, of which a tenth is sampled."""
 
 
 def _start_together(barrier: Barrier) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what they print, and what Ray's processes do, is not the bench's
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # hide their output and that of Ray
     barrier.wait()
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any, count: int = 1) -> list[Any]:
-    """Call `function(rank, *arguments)` in `count` fresh processes that begin together; return what they do."""
+    """Call `function(rank, *arguments)` in `count` fresh processes that start together; return their results."""
     context = get_context("spawn")
     barrier = context.Barrier(count)
     with ProcessPoolExecutor(count, context, initializer=_start_together, initargs=(barrier,)) as pool:
@@ -103,7 +103,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any, count: int = 1) -> 
 
 
 def steady_rate(sizes: Iterable[int], warm_up: int) -> float:
-    """Return images/s from batches as they come."""
+    """Return images/s from an iterable of batch sizes."""
     batches = iter(sizes)
     for _ in range(warm_up):
         next(batches)
@@ -113,7 +113,7 @@ def steady_rate(sizes: Iterable[int], warm_up: int) -> float:
 
 
 def prepare(_: int, config: TrainConfig) -> Manifest:
-    """Open the data set; shard it, or render the synthetic one, the first time."""
+    """Open the data set, sharding or rendering it the first time."""
     cluster.connect(num_cpus=1)
     try:
         return open_data(
@@ -130,7 +130,7 @@ def prepare(_: int, config: TrainConfig) -> Manifest:
 
 
 def read(part: PlannedBatch, split: Split) -> dict[tuple[int, int], bytes]:
-    """Read the images of a part, each once, by class and place in it."""
+    """Read each image of a part once; return them by class and index."""
     encoded = {}
     for label in np.unique(part.labels).tolist():
         bag = split.read_bag(label, ["image"])["image"]
@@ -176,7 +176,7 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
             images = augment(resized_BCHW, whole_batch, config.data, seed=seed, step=step)
         with timed("batch", 1):
             expected, _part = work.images(step)
-        assert torch.equal(images, expected), "the stages make other images than the data pipeline"
+        assert torch.equal(images, expected), "the stages produce different images than the data pipeline"
 
         with timed("transfer", threads):
             images = images.to(device)
@@ -185,7 +185,7 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
             pixels = normalise(images).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, apart.dtype) if apart.dtype else nullcontext():
                 embeddings = apart.model(pixels)
-        with timed("loss", threads):  # both ways, and the proxies' update, which is part of it
+        with timed("loss", threads):  # forward, backward and the update of the proxies
             leaf = embeddings.detach().requires_grad_()
             lr = work.schedule.learning_rate(step)
             loss = apart.proxies.loss(leaf, part.labels, step=step, lr=lr * config.proxies.lr_scale)
@@ -199,12 +199,14 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
             apart.optimizer.zero_grad()
         with timed("step", threads):
             whole_loss = whole.run(images, part.labels, step=step)
-        assert step > 0 or math.isclose(loss.item(), whole_loss.item(), rel_tol=1e-3), "the stages are another step"
+        assert step > 0 or math.isclose(loss.item(), whole_loss.item(), rel_tol=1e-3), (
+            "the stages compute a different step"
+        )
     return {stage: statistics.median(each[2:]) for stage, each in seconds.items()}
 
 
 def stages(work: Work, bench: BenchConfig) -> list[Row]:
-    """Measure part 1."""
+    """Run part 1."""
     (seconds,) = run_apart(time_stages, work, bench)
     order = ("read", "decode", "resize", "augment", "batch", "transfer", "forward", "loss", "backward", "optimiser")
     batch_size = work.plan.batch_size
@@ -223,8 +225,8 @@ def stages(work: Work, bench: BenchConfig) -> list[Row]:
 
 
 def pure_rate(rank: int, work: Work, bench: BenchConfig) -> float:
-    """Return images/s of one process of `CORES`."""
-    os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)  # as the pipeline's, should the machine have other work
+    """Return images/s of one of `CORES` processes."""
+    os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)  # like the pipeline, in case the machine is busy
     torch.set_num_threads(1)
     parts = (len(work.images(step)[0]) for step in range(rank, CORES * bench.batches, CORES))
     return steady_rate(parts, bench.batches // 5)
@@ -251,7 +253,7 @@ def ray_data_rate(_: int, work: Work, bench: BenchConfig) -> float:
 
 
 def data(work: Work, bench: BenchConfig) -> list[Row]:
-    """Measure part 2."""
+    """Run part 2."""
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(bench.turns):
         rates["pure"].append(sum(run_apart(pure_rate, work, bench, count=CORES)))
@@ -274,7 +276,7 @@ def data(work: Work, bench: BenchConfig) -> list[Row]:
 
 
 def ray_training(_: int, work: Work, bench: BenchConfig) -> Trained:
-    """Train as jobs/train_sop.py does."""
+    """Train like jobs/train_sop.py."""
     from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
 
     config = work.config
@@ -291,22 +293,22 @@ def ray_training(_: int, work: Work, bench: BenchConfig) -> Trained:
 
 
 def data_cpus(config: TrainConfig, workers: int) -> int:
-    """Return the CPUs that a training on this machine leaves to its data."""
+    """Return the number of CPUs that a training on this machine leaves for its data."""
     return max(DATA_CPUS, CORES - workers * config.cpus_per_worker)
 
 
 def loader_processes(config: TrainConfig, workers: int) -> int:
-    """Return the processes for data of each of the twin's workers, which cannot share them."""
+    """Return the number of data processes of each of the twin's workers, which cannot share them."""
     return math.ceil(data_cpus(config, workers) / workers)
 
 
 def training(work: Work, bench: BenchConfig) -> list[Row]:
-    """Measure part 3."""
+    """Run part 3."""
     base = work.config
     measured: dict[tuple[int, str], list[Trained]] = defaultdict(list)
     gpus = torch.cuda.device_count() if base.device == "cuda" else max(bench.workers)
     for workers in [each for each in bench.workers if each > gpus]:
-        print(f"{workers} workers are left out: there are {gpus} GPUs", flush=True)
+        print(f"skipping {workers} workers: there are only {gpus} GPUs", flush=True)
     Path(base.storage).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench_train_", dir=base.storage) as folder:
         for turn, workers in itertools.product(range(bench.turns), bench.workers):
@@ -341,7 +343,7 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
         tolerance = 1e-3 if autocast_dtype(base.precision, work.device) is None else 1e-2
         if base.proxies.sample_rate == 1 and not math.isclose(trained[0].first_loss, twin_loss, rel_tol=tolerance):
             raise RuntimeError(
-                f"{workers} workers begin with loss {trained[0].first_loss}, their twin with {twin_loss}"
+                f"{workers} workers start with loss {trained[0].first_loss}, their twin with {twin_loss}"
             )
         fewest = min(each for each, _ in measured)
         rows.append(
@@ -364,13 +366,13 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
 
 
 def gpu(work: Work, bench: BenchConfig) -> list[Row]:
-    """Measure part 4."""
+    """Run part 4."""
     (rows,) = run_apart(gpu_steps.measure, work, bench.turns, bench.proxy_classes)
     return list(rows)
 
 
 def table(rows: list[Row]) -> str:
-    """Return rows as an aligned table; a row without a column has a dash in it."""
+    """Format rows as an aligned table, with dashes for missing values."""
 
     def written(value: object) -> str:
         return "-" if value is None else f"{value:,.3f}" if isinstance(value, float) else str(value)
@@ -385,11 +387,11 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measure the parts, print a table of each."""
+    """Run all parts and print a table of each."""
     bench, rest = tyro.cli(BenchConfig, description=__doc__, return_unknown_args=True)
     config = parse_train_config(rest, description=__doc__ or "")
     if os.environ.get("RAY_ADDRESS") or "://" in config.storage:
-        raise ValueError("this measures one machine: leave RAY_ADDRESS out, and give a folder of it as --storage")
+        raise ValueError("this measures a single machine: unset RAY_ADDRESS and set --storage to a local folder")
     if bench.batches < 1:
         raise ValueError(f"--batches {bench.batches} must be at least 1")
     if bench.steps <= bench.warm_up:
@@ -399,7 +401,7 @@ def main() -> None:
         config,
         storage=storage.absolute(config.storage),
         device="cuda" if cuda else "cpu",
-        optim=dataclasses.replace(config.optim, new_layers_epochs=0),  # whose steps leave the backbone out
+        optim=dataclasses.replace(config.optim, new_layers_epochs=0),  # these would not train the backbone
     )
     root = config.data.root
     (manifest,) = [load_manifest(root)] if root and is_prepared(root) else run_apart(prepare, config)
@@ -413,7 +415,7 @@ def main() -> None:
     measures = {"stages": stages, "data": data, "training": training, "gpu": gpu}
     for part in bench.parts:
         if part == "gpu" and not cuda:
-            print("gpu is skipped: there is none", flush=True)
+            print("skipping gpu: there is no GPU", flush=True)
             continue
         rows = measures[part](work, bench)
         show_results(f"\n{part} on {device}\n{table(rows)}", {"part": part, "device": device, "rows": rows})

@@ -1,1 +1,1 @@
-"""The paper's ablations: which trainings they are made of, how these run on a cluster, what comes out."""
+"""The paper's ablation studies: their settings, execution on a cluster, and results."""

@@ -1,4 +1,4 @@
-"""One function is one study: the settings that are trained, and what the paper finds when it compares them. Pure."""
+"""Definitions of the studies: each function returns the settings to train and the paper's claims about them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,35 +10,34 @@ Scores = dict[tuple[str, Kind], float]  # recall@1 in % of one seed, by arm and 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting, trained once for each seed."""
+    """One setting, trained once per seed."""
 
     name: str
-    """In the names of its runs."""
+    """Part of the names of its runs."""
     label: str
-    """At the axis of the figure."""
+    """Tick label in the figure."""
     line: str
-    """Of the figure that it is a point of."""
+    """Line of the figure that the setting is a point of."""
     config: TrainConfig
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A finding that a difference of recall@1, in points, decides for each seed."""
+    """A finding of the paper, tested per seed by a difference of recall@1 in points."""
 
     text: str
-    """The finding."""
     difference: Callable[[Scores], float]
-    """What is measured of one seed."""
+    """Computes the difference from the scores of one seed."""
     of: str
     """The difference in words."""
     above: float = 0.0
-    """It holds where the difference is more."""
+    """The claim holds if the difference is larger than this."""
 
     def sentence(self, scores: list[Scores]) -> str:
-        """Return whether it holds: by all seeds, by none, or neither."""
+        """Say whether the claim holds for all seeds, for none, or for some of them."""
         differences = [self.difference(each) for each in scores]
         held = [difference > self.above for difference in differences]
-        said = "holds here" if all(held) else "is not settled by these seeds" if any(held) else "does not hold here"
+        said = "holds here" if all(held) else "is inconclusive" if any(held) else "does not hold here"
         mean = sum(differences) / len(differences)
         spread = f"{min(differences):+.1f} to {max(differences):+.1f} over {len(scores)} seeds"
         return f"{self.text}: {said}. {self.of}: {mean:+.1f} points ({spread})."
@@ -46,31 +45,31 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """Settings to compare."""
+    """The settings to compare and the claims to test."""
 
     title: str
     axis: str
-    """What its arms differ in."""
+    """The parameter that differs between arms."""
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     kinds: tuple[Kind, ...] = ("float", "binary")
-    """Of the embeddings that the figure shows."""
+    """Kinds of embeddings shown in the figure."""
     over_epochs: bool = False
-    """The figure shows loss and recall in the course of the training."""
+    """Plot loss and recall over epochs instead of final recall."""
 
 
 RATES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
 IMAGES_PER_CLASS = (None, 1, 3, 12, 25, 37, 75)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
-EVALUATIONS = 6  # about, in the course of a training
+EVALUATIONS = 6  # approximate number during a training
 
 
 def class_sampling(base: TrainConfig) -> Study:
-    """Recall over the share of the classes that take part in an iteration, corrected and not (paper, figure 4).
+    """Recall against the fraction of classes sampled per iteration, with and without correction (paper, figure 4).
 
-    On SOP with ResNet-50: with 10% of the classes recall@1 falls by less than a point. The classes of the batch always
-    take part: rates below their share are this share.
+    On SOP with ResNet-50, recall@1 drops by less than a point with 10% of the classes. Classes of the batch are always
+    included, so the effective rate is at least their fraction.
     """
 
     def arm(rate: float, *, correct: bool) -> Arm:
@@ -83,13 +82,13 @@ def class_sampling(base: TrainConfig) -> Study:
         return Claim(
             f"With 10% of the classes in each iteration, {how}, recall@1 falls by less than a point",
             lambda scores: scores[f"rate-0.1{suffix}", "float"] - scores["rate-1", "float"],
-            of="Recall@1 with 10% less that with all",
+            of="Recall@1 with 10% minus recall@1 with all",
             above=-1,
         )
 
     return Study(
         title="Class sampling",
-        axis="share of classes in an iteration",
+        axis="fraction of classes per iteration",
         arms=(
             *(arm(rate, correct=False) for rate in RATES),
             *(arm(rate, correct=True) for rate in RATES if rate < 1),
@@ -103,7 +102,7 @@ def class_sampling(base: TrainConfig) -> Study:
 
 
 def layer_norm(base: TrainConfig) -> Study:
-    """Loss and recall in the course of a training, with LayerNorm on the pooled features and without (figure 3).
+    """Loss and recall during training, with and without LayerNorm on the pooled features (figure 3).
 
     On CUB-200-2011 recall@1 reaches about 61 with it and peaks near 56 without.
     """
@@ -116,16 +115,16 @@ def layer_norm(base: TrainConfig) -> Study:
     claim = Claim(
         "LayerNorm raises recall@1",
         lambda scores: scores["with", "float"] - scores["without", "float"],
-        of="Recall@1 with it less that without",
+        of="Recall@1 with it minus recall@1 without",
     )
     return Study("Layer normalisation", "epoch", arms, (claim,), kinds=("float",), over_epochs=True)
 
 
 def dimension(base: TrainConfig) -> Study:
-    """Recall of float and of binary embeddings over the number of dimensions (figure 2).
+    """Recall of float and binary embeddings against the number of dimensions (figure 2).
 
     On CARS196 with ResNet-50, from 64 to 2048 dimensions: 80 to 86.3 for float and 45 to 84 for binary embeddings. The
-    dimension that is the backbone's feature width does without the linear layer.
+    linear layer is omitted where the dimension equals the backbone's feature width.
     """
     arms = tuple(
         Arm(f"dim-{dim}", str(dim), "", replace(base, model=replace(base.model, dim=dim))) for dim in DIMENSIONS
@@ -137,24 +136,23 @@ def dimension(base: TrainConfig) -> Study:
     claim = Claim(
         "Binary embeddings approach float ones as dimensions grow",
         lambda scores: gap(scores, DIMENSIONS[0]) - gap(scores, DIMENSIONS[-1]),
-        of=f"What binary lacks of float in recall@1 at {DIMENSIONS[0]} dimensions less what it lacks at "
-        f"{DIMENSIONS[-1]}",
+        of=f"Gap between float and binary recall@1 at {DIMENSIONS[0]} dimensions minus the gap at {DIMENSIONS[-1]}",
     )
     return Study("Dimensions", "dimensions", arms, (claim,))
 
 
 def images_per_class(base: TrainConfig) -> Study:
-    """Recall over the images of a class in a batch (table of images per class).
+    """Recall against the number of images per class in a batch (table of images per class).
 
-    On CUB-200-2011 with ResNet-50 at 512 dimensions, batches of 75, recall@1: 59.5 without class-balanced batches;
-    59.6 / 60.0 / 60.8 / 61.3 / 59.6 / 40.9 with 1 / 3 / 12 / 25 / 37 / 75 images. A batch has as many classes as fit
-    whole.
+    On CUB-200-2011 with ResNet-50 at 512 dimensions and batches of 75, recall@1 is 59.5 without class-balanced batches
+    and 59.6 / 60.0 / 60.8 / 61.3 / 59.6 / 40.9 with 1 / 3 / 12 / 25 / 37 / 75 images per class. If the batch
+    size is not a multiple, batches are made smaller.
     """
     batch_size = base.data.batch_size
     if batch_size < IMAGES_PER_CLASS[-1]:
         raise ValueError(
-            f"--data.batch-size {batch_size} must be at least {IMAGES_PER_CLASS[-1]}: the study goes to as many images "
-            "of one class"
+            f"--data.batch-size {batch_size} must be at least {IMAGES_PER_CLASS[-1]}, the largest number of images per "
+            "class in this study"
         )
 
     def arm(count: int | None) -> Arm:
@@ -164,19 +162,19 @@ def images_per_class(base: TrainConfig) -> Study:
         return Arm(f"images-{name}", name, "", replace(base, data=data))
 
     return Study(
-        title="Images of a class in a batch",
-        axis="images of a class in a batch",
+        title="Images per class in a batch",
+        axis="images per class in a batch",
         arms=tuple(arm(count) for count in IMAGES_PER_CLASS),
         claims=(
             Claim(
-                "Batches with 25 images of each class are better than batches of any classes",
+                "Batches with 25 images per class are better than unbalanced batches",
                 lambda scores: scores["images-25", "float"] - scores["images-none", "float"],
-                of="Recall@1 with 25 less that with batches of any classes",
+                of="Recall@1 with 25 minus recall@1 with unbalanced batches",
             ),
             Claim(
-                "Batches with 75 images of one class are far worse than batches of any classes",
+                "Batches with 75 images of one class are far worse than unbalanced batches",
                 lambda scores: scores["images-none", "float"] - scores["images-75", "float"],
-                of="Recall@1 with batches of any classes less that with 75",
+                of="Recall@1 with unbalanced batches minus recall@1 with 75",
                 above=10,
             ),
         ),
@@ -184,7 +182,7 @@ def images_per_class(base: TrainConfig) -> Study:
 
 
 def temperature(base: TrainConfig) -> Study:
-    """Recall over the temperature sigma, which the paper sets to 0.05 (section 4.1) without a figure."""
+    """Recall against the temperature sigma, which the paper sets to 0.05 (section 4.1) without a figure."""
     arms = tuple(
         Arm(f"temperature-{sigma:g}", f"{sigma:g}", "", replace(base, proxies=replace(base.proxies, temperature=sigma)))
         for sigma in TEMPERATURES
@@ -194,7 +192,7 @@ def temperature(base: TrainConfig) -> Study:
         lambda scores: (
             scores["temperature-0.05", "float"] - max(scores[f"temperature-{each:g}", "float"] for each in TEMPERATURES)
         ),
-        of="Recall@1 at 0.05 less the best",
+        of="Recall@1 at 0.05 minus the best",
         above=-1,
     )
     return Study("Temperature", "temperature", arms, (claim,))

@@ -1,4 +1,4 @@
-"""What comes out of a study: a table, a figure, and whether the paper's findings hold."""
+"""Results of a study: a table, a figure, and whether the paper's claims hold."""
 
 import io
 import statistics
@@ -20,15 +20,15 @@ class Outcome:
     recall: dict[Kind, float]
     """Recall@1 in %."""
     loss: float | None
-    """Mean of the last tenth of the training; None: MLflow does not know it."""
+    """Mean over the last tenth of the training, or None if MLflow does not have it."""
     seconds: float
-    """Of training and evaluation."""
+    """Training and evaluation together."""
     history: dict[str, list[tuple[float, float]]]
     """Loss, and recall@1 in %, by epoch."""
 
 
 def summarise(study: Study, outcomes: list[Outcome]) -> tuple[str, dict[str, Any]]:
-    """Return a study's summary as Markdown and as what JSON can hold."""
+    """Return a study's summary as Markdown and as a JSON object."""
     seeds = sorted({outcome.seed for outcome in outcomes})
     sentences = [claim.sentence([_scores(outcomes, seed) for seed in seeds]) for claim in study.claims]
     heads = ["setting", "R@1 float", "R@1 binary", "loss", "minutes"]
@@ -67,7 +67,7 @@ def _row(cells: list[str]) -> str:
 
 
 def draw(study: Study, outcomes: list[Outcome]) -> str:
-    """Return the study's figure as an SVG document: means over the seeds, with their range."""
+    """Return the study's figure as an SVG document, with mean and range over the seeds."""
     from matplotlib import rc_context  # takes a second to import
     from matplotlib.figure import Figure
 
@@ -112,7 +112,7 @@ def _draw_courses(figure: Any, study: Study, outcomes: list[Outcome]) -> None:
 
 
 def _draw_course(axes: Any, arm: Arm, courses: list[list[tuple[float, float]]], **style: Any) -> None:
-    """Draw the mean over seeds of what they all have, and the range as a band."""
+    """Draw the mean over seeds, and the range as a band, at the epochs that all seeds have."""
     by_epoch = [dict(course) for course in courses]
     epochs = sorted(set(by_epoch[0]).intersection(*by_epoch))
     values = [[course[epoch] for course in by_epoch] for epoch in epochs]

@@ -1,4 +1,4 @@
-"""A study run on a cluster by Ray Tune: each trial is a training like any other, child of one MLflow run."""
+"""Runs a study with Ray Tune: each trial is an ordinary training and a child of the study's MLflow run."""
 
 import dataclasses
 import json
@@ -22,40 +22,39 @@ from nsl_dist.tracking.tracker import Tracker
 from nsl_dist.training.results import TrainingResults
 from nsl_dist.training.train import cpus_needed, refuse_to_change, train
 
-TRIALS_AT_ONCE_HERE = 2  # on this machine alone: one starts or is evaluated while the other trains
-IDLE_SECONDS = 120  # that processes of a Ray started here wait for more work: they have imported what takes seconds
+TRIALS_AT_ONCE_HERE = 2  # on a single machine: one starts or evaluates while the other trains
+IDLE_SECONDS = 120  # keep idle worker processes of a local Ray, whose imports take seconds
 
 
 def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: int | None) -> dict[str, Any]:
     """Train every setting of a study with every seed, compare them, and write table, figure and findings.
 
-    Trainings that are finished are not done again, and those that were interrupted go on, when the study is called
-    again with its `base.run_name`.
+    Calling it again with the same `base.run_name` skips finished trainings and resumes interrupted ones.
 
     Args:
-        name: of the study.
-        base: what all its settings have in common; `run_name` is that of the study.
-        seeds: at least two tell differences from chance.
-        at_once: trials; None: as many as the cluster has room for, on this machine alone two.
+        name: key in `STUDIES`.
+        base: configuration shared by all settings; `run_name` is the name of the study.
+        seeds: use at least two to tell differences from chance.
+        at_once: maximum number of parallel trials. None: as many as the cluster has room for, or two on one machine.
 
     Returns:
-        What is written to `results.json`.
+        The content of `results.json`.
 
     Raises:
-        FileNotFoundError: the data is not there.
-        ValueError: configuration, data or storage cannot give this study; nothing was trained.
-        StoppedError: by Ctrl-C.
+        FileNotFoundError: the data does not exist.
+        ValueError: configuration, data or storage is unsuitable; nothing was trained.
+        StoppedError: Ctrl-C was pressed.
         TrainingError: trials failed.
 
     """
     run_name = base.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     base = dataclasses.replace(base, storage=storage.absolute(base.storage), run_name=run_name)
-    first = STUDIES[name](base).arms[0].config  # before anything is started: it says what it cannot be made of
+    first = STUDIES[name](base).arms[0].config  # first, because it validates the configuration
     folder = storage.join(base.storage, "studies", run_name)
     storage.check_writable(base.storage)
     tracker = Tracker(base.tracking.uri, storage_root=base.storage)
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own table and advice: `_Show` says what there is to say
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # replace Tune's own table by `_Show`
     needed = cpus_needed(first, (base.worker_range or (1, 1))[1])
     cluster.connect(num_cpus=needed * (at_once or TRIALS_AT_ONCE_HERE), show_workers=False)
     layout = layout_of(base.data.root, base.data.layout) if base.data.root is not None else "sop"
@@ -102,7 +101,7 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
 
 
 def _room(base: TrainConfig, *, cpus: int) -> int:
-    """Return how many trials the cluster has room for; without a number of workers one has all of its GPUs."""
+    """Return how many trials the cluster has room for. Without --num-workers, one trial takes all GPUs."""
     total_cpus, total_gpus = cluster.totals()
     room = total_cpus // cpus
     if cluster.settle_device(base.device) == "cuda":
@@ -124,7 +123,7 @@ def _start_tracking(tracker: Tracker, base: TrainConfig, layout: str, folder: st
 def _by_arm(study: Study, seeds: tuple[int, ...]) -> list[tuple[str, TrainConfig]]:
     return [
         (arm.name, dataclasses.replace(arm.config, seed=seed, run_name=f"{arm.config.run_name}-{arm.name}-seed-{seed}"))
-        for seed in seeds  # all settings with the first seed come first, so that one sees early where it goes
+        for seed in seeds  # seeds in the outer loop, so that all settings can be compared early
         for arm in study.arms
     ]
 
@@ -134,16 +133,16 @@ def _results_of(config: TrainConfig) -> TrainingResults:
 
 
 def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: int) -> None:
-    """Run trials to their ends; those that fail do not stop the others.
+    """Run all trials. Failed ones do not stop the others.
 
     Raises:
-        StoppedError: by Ctrl-C.
-        TrainingError: some failed.
+        StoppedError: Ctrl-C was pressed.
+        TrainingError: some trials failed.
 
     """
     filesystem, path = storage.resolve(storage.join(study_folder, "tune"))
     tuner = tune.Tuner(
-        # A trial's training reserves what it needs itself; Tune wants to reserve something.
+        # The training in a trial reserves its own resources, but Tune must reserve something.
         tune.with_resources(tune.with_parameters(_trial, trials=trials), {"memory": 2**20}),
         param_space={"run_name": tune.grid_search(list(trials))},
         tune_config=tune.TuneConfig(
@@ -162,22 +161,24 @@ def _run_trials(trials: dict[str, TrainConfig], *, study_folder: str, at_once: i
     )
     found = tuner.fit()
     left = sum(not RunFolder.of(config).is_finished() for config in trials.values())
-    goes_on = f"the same command with --run-name {study_folder.rpartition('/')[2]} goes on with them"
+    goes_on = f"the same command with --run-name {study_folder.rpartition('/')[2]} resumes them"
     if left > found.num_errors:
-        raise StoppedError(signal.SIGINT, f"the study was stopped with {left} of {len(trials)} trials to do; {goes_on}")
+        raise StoppedError(
+            signal.SIGINT, f"the study was stopped with {left} of {len(trials)} trials unfinished; {goes_on}"
+        )
     if left:
         raise TrainingError(f"{left} of {len(trials)} trials failed; {goes_on}")
 
 
 def _trial(params: dict[str, Any], *, trials: dict[str, TrainConfig]) -> None:
-    # In a task outside what Tune has reserved, where the training would have to find room.
+    # In a task outside Tune's placement group, because the training would have to fit into it.
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(train)
     cluster.get(task.remote(trials[params["run_name"]], of_study=True))
     tune.report({"finished": True})
 
 
 class _Show(tune.Callback):
-    """A line for each trial that ends."""
+    """Prints a line for each finished trial."""
 
     def __init__(self, trials: dict[str, TrainConfig]) -> None:
         self._trials = trials
@@ -185,7 +186,7 @@ class _Show(tune.Callback):
         self._num_done = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
-        """Say what came out, and how long the others will take."""
+        """Print the result and the estimated time left."""
         self._num_done += 1
         name = trial.config["run_name"]
         recall_at_1 = _recall_at_1(_results_of(self._trials[name]))
@@ -195,7 +196,7 @@ class _Show(tune.Callback):
         print(f"{self._num_done}/{len(self._trials)}  {name}: recall@1 {recall}; {left} left", flush=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
-        """Say what it failed of; the file that Tune writes has the stack."""
+        """Print the file in which Tune has saved the stack trace."""
         self._num_done += 1
         print(f"{trial.config['run_name']} failed: see {trial.error_file}", flush=True)
 

@@ -1,7 +1,7 @@
-"""Official layouts of data sets on disk -> image records.
+"""Readers for the official layouts of data sets, one function per layout.
 
-A record says which split an image belongs to ("train", and "test" where every image queries the rest, or "query" and
-"gallery"), its class, and where its file lies. One function reads one layout.
+A record holds an image's split, class and path. Splits are "train" and either "test", in which every image queries the
+others, or "query" and "gallery".
 """
 
 import io
@@ -21,7 +21,7 @@ RECORDS_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("class_id", pa.string()),
         ("image_id", pa.int64()),
-        ("path", pa.string()),  # below the root
+        ("path", pa.string()),  # relative to the root
         ("num_bytes", pa.int64()),
     ]
 )
@@ -37,15 +37,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tif
 
 @dataclass(frozen=True)
 class _Row:
-    """One image as a split file lists it.
+    """One image as listed in a split file.
 
     Attributes:
         split: "train", "test", "query" or "gallery".
-        class_id: as the data set names it.
-        class_order: what classes are ordered by.
-        image_id: the data set's own number, or its place in the list.
-        path: below the root.
-        where: "file:line" or whatever else tells a person where this was read.
+        class_id: name of the class in the data set.
+        class_order: sort key of the class.
+        image_id: the data set's own number, or the position in the list.
+        path: relative to the root.
+        where: where this was read, for error messages: "file:line".
 
     """
 
@@ -58,17 +58,17 @@ class _Row:
 
 
 def recognise(root: str) -> Layout:
-    """Return the layout of a raw folder, by the files that only it has.
+    """Detect the layout of a raw folder from its files.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: none or more than one layout fits.
+        FileNotFoundError: the folder does not exist.
+        ValueError: no layout or more than one fits.
 
     """
     if not storage.exists(root):
         raise FileNotFoundError(
-            f"no such folder: {root}; give the unpacked data set, or shards written by jobs/prepare_shards.py, as "
-            "--data.root, or --root"
+            f"no such folder: {root}; set --data.root (or --root) to the unpacked data set or to shards written by "
+            "jobs/prepare_shards.py"
         )
     if (layout := official_layout(root)) is not None:
         return layout
@@ -78,15 +78,15 @@ def recognise(root: str) -> Layout:
     raise ValueError(
         f"{root} holds neither shards (manifest.json) nor a known layout: Stanford Online Products "
         f"({', '.join(SOP_SPLITS.values())}), In-Shop ({INSHOP_LIST}), CUB-200-2011 ({', '.join(CUB_FILES)}), CARS196 "
-        f"({CARS_FILE}), or a folder of images for each class; set --data.root, or --root, to one of them"
+        f"({CARS_FILE}), or one folder of images per class; set --data.root (or --root) to one of them"
     )
 
 
 def official_layout(root: str) -> Layout | None:
-    """Return the layout of a folder that holds the files of a published data set, None of any other folder.
+    """Return the layout of a folder with the files of a published data set, or None for any other folder.
 
     Raises:
-        ValueError: it holds those of more than one.
+        ValueError: the folder holds files of more than one data set.
 
     """
     markers: dict[Layout, tuple[str, ...]] = {
@@ -106,20 +106,17 @@ def official_layout(root: str) -> Layout | None:
 def read_records(root: str, *, layout: Layout) -> pa.Table:
     """Read the records of a raw data set.
 
-    Args:
-        root: local folder or URI.
-        layout: of it (see `recognise`).
-
     Returns:
         Records with `RECORDS_SCHEMA`, ordered by split, class and image.
 
     Raises:
         FileNotFoundError: the folder, a split file or an image is missing.
-        ValueError: a row is malformed, an image is listed twice, a class is in training and test, or a split is empty.
+        ValueError: a row is malformed, an image is listed twice, a class is in both training and test split, or a split
+            is empty.
 
     """
     if not storage.exists(root):
-        raise FileNotFoundError(f"no such folder: {root}; give the unpacked data set as --data.root, or --root")
+        raise FileNotFoundError(f"no such folder: {root}; set --data.root (or --root) to the unpacked data set")
     sizes = _file_sizes(root)
     rows = _READERS[layout](root, sizes)
     _reject_shared_classes(rows)
@@ -127,36 +124,33 @@ def read_records(root: str, *, layout: Layout) -> pa.Table:
     if missing:
         raise FileNotFoundError(
             f"{missing[0].where}: image {missing[0].path} does not exist below {root} ({len(missing)} of {len(rows)} "
-            "images are missing); unpack the whole archive, or take the rows out of the list"
+            "images are missing); unpack the whole archive or remove these rows from the list"
         )
     return _table(rows, sizes)
 
 
 def read_catalogue(root: str) -> pa.Table:
-    """Read the records of a folder of images that are only to be found, not trained on: all in one split.
+    """Read the records of a folder of images to be searched, not trained on.
 
-    The class of an image is the folder below the root that it lies in; one that lies in the root itself is a class of
-    its own, named by its file.
-
-    Args:
-        root: local folder or URI.
+    The class of an image is its top-level folder. Images directly in the root are each a class of their own, named
+    after the file.
 
     Returns:
         Records of the split "test", with `RECORDS_SCHEMA`.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: there are no images below it.
+        FileNotFoundError: the folder does not exist.
+        ValueError: it contains no images.
 
     """
     if not storage.exists(root):
-        raise FileNotFoundError(f"no such folder: {root}; give a folder of images, or shards")
+        raise FileNotFoundError(f"no such folder: {root}; give a folder of images or shards")
     sizes = _file_sizes(root)
     paths = sorted(path for path in sizes if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(
-            f"{root}: no images in it or below, files ending in {', '.join(sorted(IMAGE_SUFFIXES))}; give a folder of "
-            "images, or shards"
+            f"{root} contains no images (files ending in {', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of images "
+            "or shards"
         )
     names = [PurePosixPath(path).parts[0] for path in paths]
     rows = [
@@ -179,7 +173,7 @@ def _table(rows: list[_Row], sizes: dict[str, int]) -> pa.Table:
 
 
 def _read_sop(root: str, _sizes: dict[str, int]) -> list[_Row]:
-    """Stanford Online Products: two split files, images below class folders."""
+    """Read Stanford Online Products: two split files, and images in class folders."""
     rows: list[_Row] = []
     for split, name in SOP_SPLITS.items():
         location = storage.join(root, name)
@@ -200,7 +194,7 @@ def _read_sop(root: str, _sizes: dict[str, int]) -> list[_Row]:
 
 
 def _read_inshop(root: str, _sizes: dict[str, int]) -> list[_Row]:
-    """In-Shop Clothes Retrieval: one list with a count, a padded header, and train, query and gallery images."""
+    """Read In-Shop Clothes Retrieval: one list with a count, a padded header, and train, query and gallery images."""
     location = storage.join(root, INSHOP_LIST)
     lines = _read_lines(location, f"an In-Shop folder holds {INSHOP_LIST} and img/")
     _expect_header(location, 2, lines[1:2], INSHOP_HEADER)
@@ -214,15 +208,15 @@ def _read_inshop(root: str, _sizes: dict[str, int]) -> list[_Row]:
         rows.append(_Row(split, class_id, class_id, len(rows) + 1, path, where))
     if lines[0].strip() != str(len(rows)):
         raise ValueError(
-            f"{location}:1: expected the number of images, {len(rows)} are listed, got {lines[0]!r}; the file is cut "
-            "off, or mend the count"
+            f"{location}:1: expected the number of listed images, {len(rows)}, got {lines[0]!r}; restore the file if "
+            "it is truncated, or correct the count"
         )
     _require_splits(location, rows, ("train", "query", "gallery"))
     return rows
 
 
 def _read_cub200(root: str, _sizes: dict[str, int]) -> list[_Row]:
-    """CUB-200-2011: the first half of the classes trains, the second half tests (paper, section 4.1)."""
+    """Read CUB-200-2011: the first half of the classes is for training, the second for test (paper, section 4.1)."""
     hint = f"a CUB-200-2011 folder holds {', '.join(CUB_FILES)} and images/"
 
     def read(name: str) -> dict[int, tuple[str, str]]:
@@ -255,7 +249,7 @@ def _read_cub200(root: str, _sizes: dict[str, int]) -> list[_Row]:
 
 
 def _read_cars196(root: str, _sizes: dict[str, int]) -> list[_Row]:
-    """CARS196: annotations in a MATLAB file; the first half of the classes trains (paper, section 4.1)."""
+    """Read CARS196: annotations in a MATLAB file; first half of the classes for training (paper, section 4.1)."""
     from scipy.io import loadmat  # only this layout needs it
     from scipy.io.matlab import MatReadError
 
@@ -278,7 +272,7 @@ def _read_cars196(root: str, _sizes: dict[str, int]) -> list[_Row]:
     for number, (path, label) in enumerate(zip(paths, labels, strict=True), start=1):
         where = f"{location}, annotation {number}"
         if not 1 <= int(label) <= num_classes:
-            raise ValueError(f"{where}: class {label} is not in 1 to {num_classes}, the number of class_names")
+            raise ValueError(f"{where}: class {label} is not in the range 1 to {num_classes} of class_names")
         split = "train" if int(label) <= num_classes // 2 else "test"
         rows.append(_Row(split, str(int(label)), int(label), number, str(path), where))
     _require_splits(location, rows, ("train", "test"))
@@ -286,7 +280,7 @@ def _read_cars196(root: str, _sizes: dict[str, int]) -> list[_Row]:
 
 
 def _read_folders(root: str, sizes: dict[str, int]) -> list[_Row]:
-    """A folder of images for each class; in the order of their names the first half trains, the second tests."""
+    """Read one folder of images per class; in order of names, the first half is for training, the second for test."""
     images = sorted(
         path
         for path in sizes
@@ -295,8 +289,8 @@ def _read_folders(root: str, sizes: dict[str, int]) -> list[_Row]:
     names = sorted({PurePosixPath(path).parts[0] for path in images})
     if len(names) < 2:
         raise ValueError(
-            f"{root}: images of {len(names)} class folders; training and testing need two at least, each a folder "
-            f"below the root with files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{root}: images of {len(names)} class folders; training and testing need two or more folders in the "
+            f"root with files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     train = set(names[: len(names) // 2])
     return [
@@ -324,7 +318,7 @@ def _read_lines(location: str, hint: str) -> list[str]:
 
 
 def _numbered(lines: list[str], *, skip: int) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers from 1."""
+    """Return all non-blank lines with their numbers, starting at 1."""
     return [(number, line) for number, line in enumerate(lines, start=1) if number > skip and line.strip()]
 
 
@@ -334,7 +328,7 @@ def _expect_header(location: str, number: int, lines: list[str], header: str) ->
 
 
 def _malformed(where: str, line: str, expected: str) -> ValueError:
-    return ValueError(f"{where}: expected {expected}, got {line!r}; mend or remove the line")
+    return ValueError(f"{where}: expected {expected}, got {line!r}; correct or remove the line")
 
 
 def _require_splits(location: str, rows: list[_Row], splits: tuple[str, ...]) -> None:
@@ -344,7 +338,7 @@ def _require_splits(location: str, rows: list[_Row], splits: tuple[str, ...]) ->
 
 
 def _reject_shared_classes(rows: list[_Row]) -> None:
-    """Refuse a class in training and test, which would leak, a path out of the folder, an image listed twice."""
+    """Reject classes in both training and test, paths outside the folder, and images listed twice."""
     trained: dict[str, bool] = {}
     seen: dict[str, str] = {}
     for row in rows:
@@ -353,7 +347,7 @@ def _reject_shared_classes(rows: list[_Row]) -> None:
                 f"{row.where}: class {row.class_id} is in both splits; test classes must be unseen in training"
             )
         if PurePosixPath(row.path).is_absolute() or ".." in PurePosixPath(row.path).parts:
-            raise ValueError(f"{row.where}: image path {row.path!r} leaves the data folder; make it relative to it")
+            raise ValueError(f"{row.where}: image path {row.path!r} leaves the data folder; use a path relative to it")
         if row.path in seen:
             raise ValueError(
                 f"{row.where}: image {row.path} is listed twice, first at {seen[row.path]}; remove one of the rows"
@@ -362,7 +356,7 @@ def _reject_shared_classes(rows: list[_Row]) -> None:
 
 
 def _file_sizes(root: str) -> dict[str, int]:
-    """Return the size in bytes of every file below a folder, by relative path, in one listing."""
+    """Return the size in bytes of every file in a folder tree, by relative path, with one listing."""
     filesystem, path = storage.resolve(root)
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     prefix = len(path.rstrip("/")) + 1

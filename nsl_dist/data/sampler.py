@@ -1,4 +1,4 @@
-"""The class-balanced plan: (seed, step) -> classes and images. Pure numbers; no I/O, no workers."""
+"""The class-balanced plan: a pure function from (seed, step) to the classes and images of a batch."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The images of one batch or of one worker's part of it: for each, its class and its place within the class."""
+    """The images of a batch or of one worker's part: the class of each image and its index within the class."""
 
     labels: NDArray[np.int64]
     indices: NDArray[np.int64]
@@ -17,14 +17,14 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class ClassBalancedPlan:
-    """Batches of distinct classes with several images of each (paper, section 4.1), the same for any number of workers.
+    """Batches of distinct classes with several images each (paper, section 4.1), independent of the number of workers.
 
     Attributes:
-        class_sizes: images of each class, `[num_classes]`.
+        class_sizes: number of images of each class, `[num_classes]`.
         batch_size: images in a global batch.
-        images_per_class: images of each class in a batch, drawn with replacement; None: distinct images of any classes.
-        seed: with the step, all that a batch depends on.
-        left_out: labels that no batch has, ascending.
+        images_per_class: images of each class in a batch, drawn with replacement; None for distinct images.
+        seed: determines all batches.
+        left_out: labels excluded from all batches, ascending.
 
     """
 
@@ -49,22 +49,22 @@ class ClassBalancedPlan:
 
     @property
     def num_classes(self) -> int:
-        """Classes to draw from."""
+        """Number of classes, including those left out."""
         return len(self.class_sizes)
 
     @property
     def classes_per_batch(self) -> int:
-        """Distinct classes in a global batch, at most."""
+        """Maximum number of distinct classes in a global batch."""
         return self.batch_size // (self.images_per_class or 1)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Iterations in an epoch: floor(images / batch)."""
+        """Iterations per epoch: floor(images / batch)."""
         return int(self.class_sizes.sum()) // self.batch_size
 
     @functools.cached_property
     def _ends(self) -> NDArray[np.int64]:
-        """One past the last image of each class, in one numbering of all that are not left out."""
+        """One past the last image of each class, in a common numbering of all images that are not left out."""
         sizes = self.class_sizes.copy()
         sizes[list(self.left_out)] = 0
         return np.cumsum(sizes)
@@ -78,14 +78,14 @@ class ClassBalancedPlan:
             labels = np.searchsorted(ends, images, side="right")
             return PlannedBatch(labels=labels, indices=images - ends[labels] + self.class_sizes[labels])
         classes = rng.choice(self.num_classes - len(self.left_out), size=self.classes_per_batch, replace=False)
-        # The number of classes kept before each one left out: those from there on move up.
+        # Skip classes left out: shift each drawn number by how many of them precede it.
         kept_before = np.array(self.left_out, dtype=np.int64) - np.arange(len(self.left_out))
         classes += np.searchsorted(kept_before, classes, side="right")
         labels = np.repeat(classes, self.images_per_class)
         return PlannedBatch(labels=labels, indices=rng.integers(self.class_sizes[labels]))
 
     def part(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
-        """Return one worker's part of a step's batch: the images in its turn, equally many for every worker."""
+        """Return one worker's part of a step's batch: a contiguous range of equal size for every worker."""
         assert self.batch_size % world_size == 0, f"{self.batch_size} % {world_size} != 0"
         part_size = self.batch_size // world_size
         part = slice(rank * part_size, (rank + 1) * part_size)

@@ -1,8 +1,8 @@
-"""Image records <-> Parquet shards of class bags, with a manifest.
+"""Parquet shards of class bags, with a manifest.
 
-A shard is a Parquet file of whole classes, one row group (a bag) for each class and one row for each image, encoded as
-it was found: the images of a class are one range read, on a disk or in an object store. Beside the shards lie
-`classes.parquet` (for each class its split, label, size, shard and row group) and, written last, `manifest.json`.
+A shard is a Parquet file of whole classes, with one row group (a bag) per class and one row per image in its original
+encoding. Reading all images of a class is a single range read, on disk or from an object store. Next to the shards are
+`classes.parquet` (split, label, size, shard and row group of each class) and `manifest.json`, which is written last.
 """
 
 import functools
@@ -33,15 +33,15 @@ from nsl_dist.progress import Progress
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SHARD_BYTES = 64 * 2**20
-MIN_SHARDS = 8  # of a split, so that small data sets are read and embedded in parallel too
-READ_AGAIN_AFTER = (1.0, 4.0)  # seconds: object stores fail now and then
-IMAGES_PER_PROCESS = 256  # at least: fewer are not worth the start of another
+MIN_SHARDS = 8  # per split, so that small data sets are also processed in parallel
+READ_AGAIN_AFTER = (1.0, 4.0)  # seconds; object stores fail occasionally
+IMAGES_PER_PROCESS = 256  # minimum; starting a process for fewer is not worth it
 
 BAG_SCHEMA = pa.schema([("image_id", pa.int64()), ("class_id", pa.string()), ("image", pa.binary())])
 CLASSES_SCHEMA = pa.schema(
     [
         ("split", pa.string()),
-        ("label", pa.int64()),  # 0 to number of classes of the split - 1
+        ("label", pa.int64()),  # 0 to num_classes - 1 within the split
         ("class_id", pa.string()),
         ("num_images", pa.int64()),
         ("shard", pa.string()),
@@ -51,32 +51,27 @@ CLASSES_SCHEMA = pa.schema(
 
 
 class DamagedShardError(ValueError):
-    """A shard that cannot be read.
-
-    Attributes:
-        shard: its name.
-
-    """
+    """A shard cannot be read; its name is in `shard`."""
 
     def __init__(self, shard: str, why: str) -> None:
         super().__init__(shard, why)
         self.shard = shard
 
     def __str__(self) -> str:
-        remedy = "prepare the data again; a training may leave its classes out with --data.max-damaged-shards"
+        remedy = "prepare the data again, or train without its classes with --data.max-damaged-shards"
         return f"shard {self.args[1]}; {remedy}"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The classes of one split, in order of label.
+    """The classes of one split, ordered by label.
 
     Attributes:
-        root: where the shards lie.
-        sizes: images of each class.
+        root: folder or URI of the shards.
+        sizes: number of images of each class.
         shard_names: the shards of the split.
-        shards: for each class, its place in `shard_names`.
-        row_groups: for each class, its row group within the shard.
+        shards: index into `shard_names` for each class.
+        row_groups: row group within the shard for each class.
 
     """
 
@@ -93,25 +88,25 @@ class Split:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """For each class, the number of images before its first, `[num_classes + 1]`."""
+        """Number of images before each class, `[num_classes + 1]`."""
         return np.concatenate([[0], np.cumsum(self.sizes)])
 
     @property
     def num_images(self) -> int:
-        """Images of all classes."""
+        """Number of images."""
         return int(self.sizes.sum())
 
     @property
     def num_singletons(self) -> int:
-        """Classes with one image, which as queries can only miss."""
+        """Classes with a single image, whose queries cannot have a match."""
         return int((self.sizes == 1).sum())
 
     def read_bag(self, label: int, columns: list[str]) -> pa.Table:
-        """Read the images of one class, all of them, in their fixed order.
+        """Read all images of one class, in a fixed order.
 
         Raises:
-            DamagedShardError: their shard cannot be read, not even when tried again, while others can.
-            OSError: storage is away for long.
+            DamagedShardError: the shard cannot be read after retries, although the storage is available.
+            OSError: the storage is unavailable for a long time.
 
         """
         name = self.shard_names[self.shards[label]]
@@ -119,7 +114,7 @@ class Split:
         pauses = iter(READ_AGAIN_AFTER)
         while True:
             try:
-                # Handing one column to a pool of threads takes longer than reading it.
+                # Handing one column to a thread pool takes longer than reading it.
                 shard, row_group = _open_shard(location), int(self.row_groups[label])
                 return shard.read_row_group(row_group, columns=columns, use_threads=False)
             except (OSError, pa.ArrowException) as error:
@@ -139,7 +134,7 @@ def _open_shard(location: str) -> pq.ParquetFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a folder of shards, and where that folder is."""
+    """The content of `manifest.json` and the location of its folder."""
 
     root: str
     layout: Layout
@@ -152,18 +147,18 @@ class Manifest:
 
     @property
     def evaluation_splits(self) -> tuple[str, str]:
-        """The splits that query and that are searched: the same one where every image queries the rest."""
+        """The query and the gallery split; they are the same if every image queries the others."""
         return ("query", "gallery") if "query" in self.splits else ("test", "test")
 
     def class_ids(self, split: str) -> pa.ChunkedArray:
-        """Return the data set's own names of a split's classes, in order of label."""
+        """Return the original class names of a split, ordered by label."""
         return self._classes(split, ["class_id"])["class_id"]
 
     def split(self, name: str) -> Split:
         """Load the classes of one split.
 
         Raises:
-            ValueError: the data set has no such split.
+            ValueError: the split does not exist.
 
         """
         if name not in self.splits:
@@ -184,15 +179,15 @@ class Manifest:
 
 
 def is_prepared(root: str) -> bool:
-    """Tell whether a folder holds finished shards."""
+    """Return whether a folder holds a finished set of shards."""
     return storage.exists(storage.join(root, MANIFEST_FILE))
 
 
 def load_manifest(root: str) -> Manifest:
-    """Read a manifest and check that its shards are there.
+    """Read a manifest and check that its shards are complete.
 
     Raises:
-        ValueError: the manifest is of another version or unreadable, or a shard is missing or of another size.
+        ValueError: the manifest is unreadable or of another version, or a shard is missing or has another size.
 
     """
     root = storage.absolute(root)
@@ -202,7 +197,9 @@ def load_manifest(root: str) -> Manifest:
         version = content["version"]
         manifest = Manifest(root=root, **content) if version == FORMAT_VERSION else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{location} is no manifest of shards: {error}; run jobs/prepare_shards.py again") from error
+        raise ValueError(
+            f"{location} is not a manifest of shards: {error}; run jobs/prepare_shards.py again"
+        ) from error
     if manifest is None:
         raise ValueError(
             f"{location} has format version {version}, this release reads {FORMAT_VERSION}; run "
@@ -220,7 +217,7 @@ def load_manifest(root: str) -> Manifest:
 
 
 def records_digest(records: pa.Table, *, layout: str) -> str:
-    """Return the SHA-256 of a data set: splits, classes, names and sizes of its images; not of where it lies."""
+    """Return the SHA-256 of the splits, classes, names and sizes of a data set's images, whatever its location."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {layout}\n".encode())
     for batch in records.to_batches(max_chunksize=65536):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
@@ -233,7 +230,7 @@ def layout_of(root: str, layout: Layout | None) -> Layout:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: the layout is unknown or ambiguous, or the shards are of another than `layout`.
+        ValueError: the layout is unknown or ambiguous, or the shards have a different one than `layout`.
 
     """
     root = storage.absolute(root)
@@ -241,7 +238,7 @@ def layout_of(root: str, layout: Layout | None) -> Layout:
         return layout or recognise(root)
     prepared: Layout = load_manifest(root).layout
     if layout not in (None, prepared):
-        raise ValueError(f"{root} holds shards of layout {prepared}, not {layout}; leave --layout out")
+        raise ValueError(f"{root} holds shards of layout {prepared}, not {layout}; omit --layout")
     return prepared
 
 
@@ -253,18 +250,18 @@ def open_data(
     max_undecodable: float,
     check_digest: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Open shards, or prepare a raw folder into `storage_root/shards/DIGEST` unless that was done before.
+    """Open shards, or shard a raw folder into `storage_root/shards/DIGEST` unless that exists.
 
     Args:
-        root: folder or URI of shards or of a raw data set; None: synthetic products, rendered into `storage_root`.
-        layout: of the data set; None: recognised by its files.
+        root: folder or URI of shards or of a raw data set; None for synthetic products, rendered into `storage_root`.
+        layout: layout of the data set; None to detect it.
         storage_root: folder or URI.
-        max_undecodable: share of the images above which preparation stops.
-        check_digest: called with the data's digest before anything is prepared, to raise what is wrong with it.
+        max_undecodable: fraction of undecodable images above which preparation fails.
+        check_digest: called with the digest before anything is prepared; may raise an error.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: its contents are refused (see `read_records`, `prepare`), or there is too little to evaluate on.
+        ValueError: its contents are invalid (see `read_records`, `prepare`), or there are too few test images.
 
     """
     root = storage.absolute(root or write_products(storage.join(storage_root, "synthetic")))
@@ -282,22 +279,22 @@ def open_data(
         manifest = prepare(records, root=root, layout=layout, out=out, max_undecodable=max_undecodable)
     query, gallery = manifest.evaluation_splits
     if (num_images := manifest.split(gallery).num_images) < (2 if query == gallery else 1):
-        raise ValueError(f"{root}: the test split has {num_images} image, too few for one to be found by another")
+        raise ValueError(f"{root}: the test split has {num_images} image, too few for an evaluation")
     return manifest
 
 
 def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undecodable: float) -> Manifest:
-    """Write shards and manifest of a data set, one shard at a time on every CPU of the cluster, with progress.
+    """Write shards and manifest of a data set in parallel on the cluster, one shard per CPU at a time, with progress.
 
-    Undecodable images are left out and listed in the manifest. The manifest is written last: a folder without one is
-    unfinished and is written again.
+    Undecodable images are skipped and listed in the manifest. The manifest is written last; a folder without one is
+    incomplete and is written again.
 
     Args:
-        records: with `RECORDS_SCHEMA`, ordered by split and class.
-        root: folder or URI that the records' paths start from.
-        layout: named in the manifest.
+        records: records with `RECORDS_SCHEMA`, ordered by split and class.
+        root: folder or URI that the paths of the records are relative to.
+        layout: layout to name in the manifest.
         out: folder or URI to write to.
-        max_undecodable: share of the images above which preparation stops.
+        max_undecodable: fraction of undecodable images above which preparation fails.
 
     Raises:
         ValueError: too many images are undecodable, or `out` holds another data set.
@@ -312,7 +309,7 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
         manifest = load_manifest(out)
         if manifest.digest != digest:
             raise ValueError(
-                f"{out} holds shards of another data set (digest {manifest.digest[:16]}, of {manifest.source}; "
+                f"{out} holds shards of another data set (digest {manifest.digest[:16]} of {manifest.source}; "
                 f"{root} has {digest[:16]}); choose another --out or delete it"
             )
         return manifest
@@ -352,7 +349,7 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
 
 
 def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
-    """Cut ordered records into (name, start, stop) of about equal bytes, never through a class."""
+    """Split ordered records into shards (name, start, stop) of about equal bytes without splitting a class."""
     splits, class_ids = records["split"].to_numpy(), records["class_id"].to_numpy()
     new_class = np.ones(len(records), dtype=bool)
     new_class[1:] = (splits[1:] != splits[:-1]) | (class_ids[1:] != class_ids[:-1])
@@ -363,7 +360,7 @@ def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
         ends = np.cumsum(records["num_bytes"].to_numpy()[first:last])
         num_shards = max(MIN_SHARDS, -(-int(ends[-1]) // SHARD_BYTES))
         starts = first + np.flatnonzero(new_class[first:last])
-        # A class goes to the shard in which its first byte falls.
+        # A class belongs to the shard that contains its first byte.
         shard_of_class = (np.append(0, ends)[starts - first] * num_shards // max(int(ends[-1]), 1)).astype(int)
         cuts = [*starts[np.append(True, shard_of_class[1:] != shard_of_class[:-1])].tolist(), last]
         ranges += [(f"{split}-{i:05d}.parquet", *cut) for i, cut in enumerate(pairwise(cuts))]
@@ -371,15 +368,15 @@ def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
 
 
 def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[str, Any]:
-    """Write one shard, a class at a time; return what the manifest says of it."""
-    from nsl_dist.data.transforms import decode  # torch takes seconds to import, and the driver decodes nothing
+    """Write one shard, class by class; return its entry for the manifest, its classes and its undecodable images."""
+    from nsl_dist.data.transforms import decode  # torch takes seconds to import, and the driver does not need it
 
     source, source_path = storage.resolve(root)
-    written = io.BytesIO()  # in memory first: another job that shards the same data may be reading the old file
+    written = io.BytesIO()  # in memory first: another job that shards the same data may be reading the existing file
     classes: list[dict[str, Any]] = []
     undecodable: list[dict[str, str]] = []
     rows = records.to_pylist()
-    # Statistics of the image column would put whole images into the footer.
+    # Column statistics would put whole images into the footer.
     with pq.ParquetWriter(
         written, BAG_SCHEMA, compression="none", use_dictionary=False, write_statistics=False
     ) as writer:
@@ -422,7 +419,7 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
 
 
 def _collect(rows: Iterator[dict[str, Any]], *, num_images: int, max_undecodable: float) -> list[dict[str, Any]]:
-    """Gather the shards' reports with progress; stop as soon as too many images are undecodable."""
+    """Collect the reports of all shards with progress; fail as soon as too many images are undecodable."""
     reports: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
     progress = Progress("shards", "images", num_images)
@@ -433,15 +430,15 @@ def _collect(rows: Iterator[dict[str, Any]], *, num_images: int, max_undecodable
         if len(bad) > max_undecodable * num_images:
             raise ValueError(
                 f"{len(bad)} of {num_images} images cannot be decoded, more than the allowed share "
-                f"{max_undecodable}; first: {bad[0]['path']} ({bad[0]['error']}); mend them, or raise "
-                "--data.max-undecodable (--max-undecodable of jobs/prepare_shards.py) to leave them out"
+                f"{max_undecodable}; first: {bad[0]['path']} ({bad[0]['error']}); repair them, or raise "
+                "--data.max-undecodable (--max-undecodable of jobs/prepare_shards.py) to skip them"
             )
         progress.advance(report["shard"]["num_images"] + len(report["undecodable"]))
     return reports
 
 
 def _index_classes(rows: list[dict[str, Any]]) -> pa.Table:
-    """Number the classes of each split in the order of their shards and row groups."""
+    """Label the classes of each split in the order of their shards and row groups."""
     rows.sort(key=lambda row: (row["split"], row["shard"], row["row_group"]))
     labels: dict[str, int] = {}
     for row in rows:

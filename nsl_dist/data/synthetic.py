@@ -1,8 +1,8 @@
-"""Rendered "products" in the layout of Stanford Online Products: the embedded default.
+"""The built-in default data set: rendered "products" in the layout of Stanford Online Products.
 
-A product is a silhouette of one of a few families with proportions, colours, a texture and lettering of its own. Its
-photographs differ in viewpoint, light, background, clutter, occlusion, sharpness and JPEG quality. Products of a family
-share a shape, so that the outline alone does not tell them apart, nor colour under changing light.
+A product is a silhouette from one of a few families with its own proportions, colours, texture and lettering. Its
+photographs vary in viewpoint, light, background, clutter, occlusion, sharpness and JPEG quality. Neither the outline,
+which a family shares, nor colour, since light varies, identifies a product on its own.
 """
 
 import colorsys
@@ -21,8 +21,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFo
 from nsl_dist import cluster, storage
 from nsl_dist.data.layouts import SOP_HEADER, SOP_SPLITS
 
-EDGE = 96  # pixels of a photograph
-CANVAS = 144  # pixels of the canvas that a product is drawn on
+EDGE = 96  # width and height of a photograph, pixels
+CANVAS = 144  # width and height of the canvas that a product is drawn on, pixels
 
 FAMILIES = ("bottle", "mug", "lamp", "bag", "chair", "clock", "shoe", "toaster", "vase", "kettle")
 TEXTURES = ("plain", "stripes", "checks", "dots", "rings", "zigzag")
@@ -32,19 +32,19 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Spec:
-    """How many products and photographs to render; its values name the folder that they are cached in."""
+    """Number of products and photographs to render; the values name the cache folder."""
 
     train_classes: int = 100
     test_classes: int = 60
     fewest_images: int = 8
     most_images: int = 16
     seed: int = 0
-    version: int = 1  # of the renderer
+    version: int = 1  # renderer version
 
 
 @dataclass(frozen=True)
 class Product:
-    """What stays the same on every photograph."""
+    """The properties shared by all photographs of a product."""
 
     family: str
     proportions: tuple[float, float, float]
@@ -58,9 +58,9 @@ class Product:
 
 
 def write_products(cache: str, spec: Spec | None = None) -> str:
-    """Render a data set below `cache` unless it is there; return its root, in the layout of Stanford Online Products.
+    """Render a data set into a folder in `cache` unless it exists; return its root.
 
-    Half of the photographs of one product in twenty are grayscale, as some of the real data set are.
+    For one product in twenty, half of the photographs are grayscale, like some in Stanford Online Products.
     """
     spec = spec or Spec()
     name = f"products-{spec.train_classes}-{spec.test_classes}-{spec.fewest_images}-{spec.most_images}"
@@ -88,7 +88,7 @@ def write_products(cache: str, spec: Spec | None = None) -> str:
 
 
 def _render_class(spec: Spec, class_id: int, root: str) -> dict[str, Any]:
-    """Write the photographs of one product; return its class, the number of its family, and their paths."""
+    """Write the photographs of one product; return its class, family number and their paths."""
     rng = np.random.default_rng((spec.seed, class_id))
     product = draw_product(rng)
     gray_share = 0.5 if rng.random() < 0.05 else 0.0
@@ -120,7 +120,7 @@ def draw_product(rng: np.random.Generator) -> Product:
 
 
 def photograph(product: Product, rng: np.random.Generator, *, gray: bool = False) -> bytes:
-    """Take one photograph of a product: JPEG, `EDGE` pixels square."""
+    """Render a photograph of a product as JPEG, `EDGE` x `EDGE` pixels."""
     item = _viewed(_drawn(product), rng)
     scene = _background(rng)
     scene.paste(item, (0, 0), item)
@@ -142,7 +142,7 @@ def _colour(hue: float, saturation: float, value: float) -> Colour:
 
 
 def _drawn(product: Product) -> Image.Image:
-    """Draw a product from the front on a transparent canvas."""
+    """Draw the front view of a product on a transparent canvas."""
     size = CANVAS
     mask = Image.new("L", (size, size))
     _silhouette(ImageDraw.Draw(mask), product)
@@ -159,7 +159,7 @@ def _drawn(product: Product) -> Image.Image:
 
 
 def _silhouette(draw: ImageDraw.ImageDraw, product: Product) -> None:
-    """Fill a family's outline, stretched by the product's proportions, in units of the canvas."""
+    """Fill the outline of the product's family, stretched by its proportions, in units of the canvas."""
     a, b, c = product.proportions
 
     def box(x0: float, y0: float, x1: float, y1: float, *, radius: float = 0.0) -> None:
@@ -271,7 +271,7 @@ def _homography(target: NDArray[np.float64], source: NDArray[np.float64]) -> lis
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Make a graded, cluttered background."""
+    """Render a cluttered background with a colour gradient."""
     colours = [_colour(rng.random(), rng.uniform(0, 0.5), rng.uniform(0.2, 1.0)) for _ in range(2)]
     ramp = _ramp(rng)
     scene = Image.composite(
@@ -285,9 +285,9 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _ramp(rng: np.random.Generator) -> Image.Image:
-    """Make a linear ramp of brightness in a random direction."""
+    """Render a linear brightness ramp in a random direction."""
     turned = Image.linear_gradient("L").rotate(float(rng.uniform(0, 360)))
-    return turned.resize((EDGE, EDGE), box=(38, 38, 218, 218))  # within the turned square: no empty corners
+    return turned.resize((EDGE, EDGE), box=(38, 38, 218, 218))  # inside the rotated square, to avoid empty corners
 
 
 def _blob(draw: ImageDraw.ImageDraw, rng: np.random.Generator, *, largest: float) -> None:
@@ -299,7 +299,7 @@ def _blob(draw: ImageDraw.ImageDraw, rng: np.random.Generator, *, largest: float
 
 
 def _lit(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change exposure, colour of the light, contrast and add a shadow to one side."""
+    """Change exposure, light colour and contrast, and add a shadow on one side."""
     cast = np.clip(rng.normal(1.0, 0.05, 3) * rng.uniform(0.7, 1.15), 0, 1.5)
     bands = [
         band.point([min(255, round(value * gain)) for value in range(256)])

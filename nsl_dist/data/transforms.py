@@ -1,6 +1,6 @@
-"""Images before they reach the model: resize, augment, crop; normalisation on the device.
+"""Image preprocessing: decoding, resizing, augmentation and cropping on the CPU, normalisation on the device.
 
-Letters of tensor names: B images, C = 3 colours, H and W pixels.
+Letters in tensor names: B images, C = 3 colours, H and W pixels.
 """
 
 import io
@@ -15,23 +15,23 @@ from torch import Tensor
 
 from nsl_dist.config import DataConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow, that strangers may send
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow formats accepted from untrusted clients
 FLOATS_AT_ONCE = 2**20
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def decode(encoded: bytes) -> Tensor:
-    """Decode a JPEG, or any other format that Pillow reads, grayscale included, to RGB.
+    """Decode an image, in any format that Pillow reads, to RGB.
 
     Returns:
         uint8 `[3, H, W]`.
 
     Raises:
-        ValueError: the bytes are no image that can be read whole.
+        ValueError: the bytes are not a complete image.
 
     """
-    # simplejpeg is as fast as torchvision, which takes every decoding process twice as long to import as torch.
+    # simplejpeg is as fast as torchvision, whose import takes each decoding process twice as long as that of torch.
     if simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] != "CMYK":
         pixels_HWC = simplejpeg.decode_jpeg(encoded, colorspace="RGB")
     else:
@@ -43,10 +43,10 @@ def decode(encoded: bytes) -> Tensor:
 
 
 def size_of(encoded: bytes) -> tuple[int, int]:
-    """Return height and width of an image by what its header says; nothing is decoded.
+    """Return height and width of an image from its header, without decoding it.
 
     Raises:
-        ValueError: the bytes are no image of one of `FORMATS`.
+        ValueError: the bytes are not an image in one of `FORMATS`.
 
     """
     if simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] != "CMYK":
@@ -55,19 +55,19 @@ def size_of(encoded: bytes) -> tuple[int, int]:
     try:
         width, height = Image.open(io.BytesIO(encoded), formats=FORMATS).size
     except UnidentifiedImageError:
-        raise ValueError(f"it begins like none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
     return height, width
 
 
 def resize(image_CHW: Tensor, edge: int) -> Tensor:
-    """Resize to `edge` x `edge` pixels, bilinear, aspect ignored (paper, section 4.1)."""
+    """Resize to `edge` x `edge` pixels with bilinear interpolation, ignoring the aspect ratio (paper, section 4.1)."""
     return F.interpolate(image_CHW[None], (edge, edge), mode="bilinear", antialias=True)[0]
 
 
 def crop_draws(positions: range, config: DataConfig, *, seed: int, step: int) -> Tensor | None:
-    """Return random numbers `[B, 4]` for `random_crop`, by place as in `augment`; None: the images are not cropped."""
+    """Return random numbers `[B, 4]` for `random_crop`, by position as in `augment`; None without `crop_area`."""
     if config.crop_area is None:
         return None
     draws = np.random.default_rng((seed, step, 1, 1)).random((config.batch_size, 4))
@@ -75,9 +75,9 @@ def crop_draws(positions: range, config: DataConfig, *, seed: int, step: int) ->
 
 
 def random_crop(image_CHW: Tensor, draws_4: Tensor, config: DataConfig) -> Tensor:
-    """Cut out a random share of the area, from `config.crop_area` to all, 3:4 to 4:3, and resize it.
+    """Crop a random fraction of the area, from `config.crop_area` to 1, with a random aspect ratio, and resize it.
 
-    As torchvision's RandomResizedCrop, but that a side longer than the image's is cut to it instead of drawn again.
+    Like torchvision's RandomResizedCrop, except that a side longer than the image is clipped instead of drawn again.
 
     Returns:
         uint8 `[3, image_size, image_size]`.
@@ -95,28 +95,29 @@ def random_crop(image_CHW: Tensor, draws_4: Tensor, config: DataConfig) -> Tenso
 
 
 def eval_transform(image_CHW: Tensor, config: DataConfig) -> Tensor:
-    """Resize and cut out the centre: uint8 `[3, image_size, image_size]`."""
+    """Resize and centre-crop to uint8 `[3, image_size, image_size]`."""
     size = config.image_size
     margin = (config.resized_edge - size) // 2
     return resize(image_CHW, config.resized_edge)[:, margin : margin + size, margin : margin + size]
 
 
 def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed: int, step: int) -> Tensor:
-    """Crop at random, mirror, rotate, scale and shear, all in one resampling.
+    """Randomly crop, mirror, rotate, scale and shear images in a single resampling.
+
+    The augmentation of an image depends only on (seed, step, position), not on the number of workers.
 
     Args:
-        resized_BCHW: uint8 images, `config.resized_edge` square, or crops, `config.image_size` square.
-        positions: their places in the global batch; an image's augmentation depends on (seed, step, place) alone, not
-            on the number of workers.
-        config: the strengths.
-        seed: of the run.
-        step: of the batch.
+        resized_BCHW: uint8 images of `config.resized_edge` squared, or crops of `config.image_size` squared.
+        positions: positions of the images in the global batch.
+        config: strength of each augmentation.
+        seed: seed of the run.
+        step: step of the batch.
 
     Returns:
         uint8 `[B, 3, image_size, image_size]`.
 
     """
-    # 7 draws for each place; a second word in the seed keeps them apart from the plan's draws.
+    # 7 draws per position; the extra word in the seed makes them differ from the plan's draws.
     draws = np.random.default_rng((seed, step, 1)).random((config.batch_size, 7))[positions.start : positions.stop]
     left, top, mirror, angle, scale, shear_x, shear_y = torch.from_numpy(draws).float().T
     edge, size = resized_BCHW.shape[-1], config.image_size
@@ -138,7 +139,7 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
     shear_y = torch.tan(torch.deg2rad(symmetric(shear_y, config.shear)))
     zoom = (1 + symmetric(scale, config.scale)) * size / edge
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    # Output to input coordinates, both in [-1, 1]: the crop's offset, then rotation x shear, then the mirror.
+    # Maps output to input coordinates, both in [-1, 1]: crop offset, then rotation x shear, then mirroring.
     offset_x, offset_y = (2 * left + size - edge) / edge, (2 * top + size - edge) / edge
     matrix_B23 = torch.stack(
         [
@@ -148,7 +149,7 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
         dim=1,
     )
     images_BCHW = torch.empty(len(resized_BCHW), 3, size, size, dtype=torch.uint8)
-    # A few at a time: new memory for the floats of a whole batch costs as much as the work on them.
+    # A few at a time: allocating floats for a whole batch costs as much as processing them.
     at_once = max(1, FLOATS_AT_ONCE // (3 * edge**2))
     parts = (each.split(at_once) for each in (resized_BCHW, matrix_B23, images_BCHW))
     for resized, matrix, images in zip(*parts, strict=True):
@@ -159,7 +160,7 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
 
 
 def normalise(images_BCHW: Tensor) -> Tensor:
-    """Scale uint8 images to ImageNet's mean and deviation: float32, on the device that they are on."""
+    """Normalise uint8 images by ImageNet's mean and standard deviation, to float32 on the same device."""
     mean = torch.tensor(IMAGENET_MEAN, device=images_BCHW.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images_BCHW.device).view(3, 1, 1)
     return images_BCHW.float().div_(255).sub_(mean).div_(std)

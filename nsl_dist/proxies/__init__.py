@@ -1,1 +1,1 @@
-"""The class-proxy matrix, partitioned over the workers: sampling, loss and exact sparse updates."""
+"""The class-proxy matrix, partitioned across workers: sampling, loss and exact sparse updates."""

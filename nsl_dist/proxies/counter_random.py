@@ -1,13 +1,13 @@
 """Random numbers as a pure function of (seed, stream, row, column).
 
-Any row can be drawn alone, by any worker, on any device, with the same bits. The generator is SplitMix64 (Steele, Lea &
-Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), one stream for each row.
+Any worker can draw any row on any device and gets the same bits. The generator is SplitMix64 (Steele, Lea & Flood,
+"Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) with one stream per row.
 """
 
 import torch
 from torch import Tensor
 
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # PyTorch's 64-bit integers are signed; they wrap as unsigned ones do
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # PyTorch's 64-bit integers are signed but wrap like unsigned ones
 
 
 def _mix(state: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def uniform_rows(rows_S: Tensor, dim: int, *, bound: float, seed: int) -> Tensor
 
 
 def round_to_bfloat16(values_SD: Tensor, rows_S: Tensor, *, seed: int, stream: int) -> Tensor:
-    """Round float32 `[S, D]` up or down to bfloat16 at random, so that the expected result is the value itself.
+    """Round float32 `[S, D]` stochastically to bfloat16, so that the expected result is the value itself.
 
-    Rounded to the nearest, an update smaller than half of the last of bfloat16's 8 bits would be lost every time. This
-    way, a row that was rounded n times is off by a random walk of 2^-8 sqrt(n) of its length at most.
+    With rounding to nearest, every update smaller than half of the last of bfloat16's 8 bits would be lost. With
+    stochastic rounding, a row that was rounded n times is off by a random walk of at most 2^-8 sqrt(n) of its length.
     """
     dim = values_SD.shape[1]
     noise_SD = random_bits(rows_S, -(-dim // 4), seed=seed, stream=stream).view(torch.int16)[:, :dim]
     bits_SD = values_SD.contiguous().view(torch.int32) + (noise_SD.int() & 0xFFFF)
     rounded_SD = (bits_SD & -0x10000).view(torch.float32)
-    return torch.where(values_SD.isfinite(), rounded_SD, values_SD).bfloat16()  # noise would make a number of a NaN
+    return torch.where(values_SD.isfinite(), rounded_SD, values_SD).bfloat16()  # noise would turn NaN into a number

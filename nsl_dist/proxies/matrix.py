@@ -1,4 +1,4 @@
-"""One worker's part of the class-proxy matrix: its rows, their sampling, loss and update in one place."""
+"""One worker's partition of the class-proxy matrix: its rows, their sampling, loss and update."""
 
 import math
 from collections import deque
@@ -17,20 +17,20 @@ from nsl_dist.proxies.sampling import sample_rows
 from nsl_dist.proxies.softmax import SampledProxies, normalized_softmax_loss, split_into_chunks
 from nsl_dist.proxies.table import Table
 
-# On a CPU the proxies of a chunk, their gradients and logits stay in the cache while one operation follows the other.
+# Small enough for a CPU's cache to hold the proxies of a chunk, their gradients and logits between operations.
 CPU_CHUNK_BYTES = 8 * 2**20
 
 
 class ProxyMatrix:
-    """This worker's part of the class-proxy matrix, its optimiser and the loss against it.
+    """This worker's partition of the class-proxy matrix, with optimiser and loss.
 
-    Use, once a step: `loss`, then `backward()` on what it returns, which also updates the proxies. `prefetch` in
-    between steps gets the next one's ready.
+    In each step, call `loss` and then `backward()` on its result, which also updates the proxies. Call `prefetch`
+    between steps to load the proxies of the next step ahead of time.
 
     Attributes:
         partition: the classes of this worker.
         weight: their proxies.
-        optimizer: None until `start_optimizer`.
+        optimizer: None until `start_optimizer` is called.
 
     """
 
@@ -44,10 +44,10 @@ class ProxyMatrix:
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Draw the proxies from U(-1/sqrt(D), 1/sqrt(D)) (paper, section 4.1), the same for any number of workers.
+        """Draw the proxies from U(-1/sqrt(D), 1/sqrt(D)) (paper, section 4.1), independent of the number of workers.
 
         Raises:
-            ValueError: the matrix does not fit where the configuration puts it.
+            ValueError: the matrix does not fit in the configured placement.
 
         """
         self.partition = partition
@@ -68,33 +68,33 @@ class ProxyMatrix:
         self._unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._spare: deque[tuple[Tensor, Tensor]] = deque()
         self._prefetched: Future[SampledProxies] | None = None
-        # The CPU's own proxies are where they are needed; drawing them beside the model's work would only slow that.
+        # On a CPU the proxies need no copy, and a background thread would only slow the model down.
         self._background = ThreadPoolExecutor(1) if self.weight.device.type == "cuda" else None
 
     @property
     def num_sampled(self) -> int:
-        """Classes of this worker that take part in an iteration, if the batch has no more."""
+        """Classes of this worker sampled in an iteration, unless the batch has more."""
         num_rows, num_classes = self.partition.num_rows, self.partition.num_classes
         if self.config.num_sampled is None:
             return math.ceil(self.config.sample_rate * num_rows)
         return -(-min(self.config.num_sampled, num_classes) * num_rows // num_classes)
 
     def start_optimizer(self, *, momentum: float, weight_decay: float, step: int) -> None:
-        """Begin with a fresh optimiser at `step`, all rows first brought up to date with the one before."""
+        """Start a new optimiser at `step`, after the previous one has brought all rows up to date."""
         self._drop_prefetched()
-        self._spare.clear()  # another optimiser keeps something else
+        self._spare.clear()  # its contents depend on the optimiser
         if self.optimizer is not None:
             self.optimizer.catch_up(step=step)
-            self.optimizer = None  # frees its memory before the next one takes as much
+            self.optimizer = None  # free its memory before the next one allocates as much
         if self.config.optimizer == "sgd":
             self.optimizer = DeferredSGD(self.weight, momentum=momentum, weight_decay=weight_decay)
         else:
             self.optimizer = RowwiseAdagrad(self.weight, weight_decay=weight_decay)
 
     def prefetch(self, labels_B: NDArray[np.int64], *, step: int) -> None:
-        """Draw the classes of the next step and fetch their proxies while the device works; `loss` then finds them.
+        """Sample the classes of the next step and fetch their proxies for `loss` while the device is busy.
 
-        Does nothing where the CPU is the device.
+        Does nothing on a CPU.
         """
         if self._background is not None:
             self._prefetched = self._background.submit(self._sample, labels_B, step=step)
@@ -108,21 +108,21 @@ class ProxyMatrix:
         lr: float,
         accuracy: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of the global batch over the classes sampled for this step.
+        """Return the loss of the global batch over the classes sampled in this step.
 
-        `backward()` on it updates their proxies with learning rate `lr`.
+        Calling `backward()` on it updates their proxies with learning rate `lr`.
 
         Args:
             embeddings_bD: this worker's embeddings.
-            labels_B: the classes of the global batch in rank order, the same on every worker; the plan knows them, so
-                that no collective is spent on them.
-            step: of the run; seeds the sampling, with this worker's rank.
+            labels_B: classes of the global batch in rank order, the same on every worker. They come from the plan, so
+                that no collective is needed.
+            step: step of the run; seeds the sampling together with this worker's rank.
             lr: learning rate of the proxies.
             accuracy: see `normalized_softmax_loss`.
 
         Raises:
-            ValueError: a label is outside [0, num_classes), or the labels are not those of the global batch.
-            FloatingPointError: embeddings or proxies are not finite; on a GPU, those of the step before.
+            ValueError: a label is outside [0, num_classes), or the number of labels is not that of the global batch.
+            FloatingPointError: embeddings or proxies are not finite; on a GPU, those of the previous step.
 
         """
         self._check_finite()
@@ -137,7 +137,7 @@ class ProxyMatrix:
             assert proxies.step == step, f"prefetched for step {proxies.step}, not {step}"
         else:
             proxies = self._sample(labels_B, step=step)
-        if not embeddings_bD.requires_grad:  # the proxies are still to be trained
+        if not embeddings_bD.requires_grad:  # backward must still run to train the proxies
             embeddings_bD = embeddings_bD.detach().requires_grad_(torch.is_grad_enabled())
         loss, finite_2B = normalized_softmax_loss(
             embeddings_bD,
@@ -148,7 +148,7 @@ class ProxyMatrix:
             group=self.group,
             accuracy=accuracy,
         )
-        if self.weight.device.type == "cuda":  # which is left to work on, and asked when it has long been done
+        if self.weight.device.type == "cuda":  # checked in the next step, so that this one need not synchronise
             self._unchecked = (step, finite_2B.to("cpu", non_blocking=True), torch.cuda.Event())
             self._unchecked[2].record()
         else:
@@ -157,7 +157,7 @@ class ProxyMatrix:
         return loss
 
     def complete(self, *, step: int) -> dict[str, Tensor]:
-        """Bring every row up to date with the steps before `step`, as at the end of a run; return `state`."""
+        """Bring every row up to date with all steps before `step`, as at the end of a run, and return the `state`."""
         assert self.optimizer is not None
         self._check_finite()
         self._drop_prefetched()
@@ -166,10 +166,10 @@ class ProxyMatrix:
         return self._rows()
 
     def state(self) -> dict[str, Tensor]:
-        """Return this worker's rows of everything that a checkpoint keeps, by name; tensors over the very memory.
+        """Return this worker's rows of everything that a checkpoint saves, by name, without copying.
 
-        They are made if they were not yet, but not brought up to date: what they have missed is the optimiser's
-        `history`. So a checkpoint changes nothing of what comes after it.
+        Rows are initialised if necessary but not brought up to date; the updates they have missed are in the
+        optimiser's `history`. Hence writing a checkpoint does not change the rest of the run.
 
         Raises:
             FloatingPointError: see `loss`.
@@ -182,13 +182,13 @@ class ProxyMatrix:
         return self._rows()
 
     def overwrite(self) -> dict[str, Tensor]:
-        """Return the tensors of `state` to be written over; then call `resume`."""
+        """Return the tensors of `state` to be overwritten; call `resume` afterwards."""
         self._drop_prefetched()
         self.weight.declare_made()
         return self._rows()
 
     def resume(self, history: dict[str, Tensor]) -> None:
-        """Go on with what was written into the tensors of `overwrite`, and the optimiser's `history`."""
+        """Resume from the contents of the tensors of `overwrite` and the optimiser's `history`."""
         assert self.optimizer is not None
         self.optimizer.resume(history)
 
@@ -198,31 +198,31 @@ class ProxyMatrix:
 
     def _drop_prefetched(self) -> None:
         if self._prefetched is not None:
-            self._prefetched.result()  # it reads what is about to be written
+            self._prefetched.result()  # it reads rows that are about to be written
             self._prefetched = None
 
     def _sample(self, labels_B: NDArray[np.int64], *, step: int) -> SampledProxies:
-        assert self.optimizer is not None, "start_optimizer comes first"
+        assert self.optimizer is not None, "call start_optimizer first"
         partition, weight = self.partition, self.weight
         if labels_B.min() < 0 or labels_B.max() >= partition.num_classes:
             raise ValueError(
                 f"labels span {labels_B.min()} to {labels_B.max()} in step {step}, but there are "
-                f"{partition.num_classes} classes; the plan and the shards belong to different data"
+                f"{partition.num_classes} classes; the plan and the shards belong to different data sets"
             )
         positives = np.unique(labels_B[(labels_B >= partition.start) & (labels_B < partition.stop)]) - partition.start
-        # numpy takes (seed, step, 0) for (seed, step), the plan's own stream, and 1 is the augmentation's.
+        # To numpy, (seed, step, 0) equals (seed, step), which seeds the plan; 1 seeds the augmentation.
         rng = np.random.default_rng((self.seed, step, 2 + partition.rank))
         num_others = partition.num_rows - len(positives)
         num_sampled = self.num_sampled
         if self.config.correct_sampling:
-            num_sampled = max(num_sampled, len(positives) + min(1, num_others))  # someone must stand for the rest
+            num_sampled = max(num_sampled, len(positives) + min(1, num_others))  # at least one must represent the rest
         rows = sample_rows(positives, num_rows=partition.num_rows, num_sampled=num_sampled, rng=rng)
         correct = self.config.correct_sampling and len(positives) < len(rows) < partition.num_rows
 
         bytes_per_row = self.optimizer.bytes_per_row + 4 * len(labels_B)
         budget = int(self.config.memory * 2**30)
         keep = len(rows) * bytes_per_row <= budget
-        # The work on a chunk takes a few times what is kept of it.
+        # Processing a chunk needs a few times the memory that is kept of it.
         chunk_bytes = min(budget // 4, CPU_CHUNK_BYTES) if weight.device.type == "cpu" else budget // 4
         chunks = split_into_chunks(
             rows,
@@ -254,10 +254,10 @@ class ProxyMatrix:
         images = np.flatnonzero(~embeddings_B)
         per_worker = len(embeddings_B) // self.partition.world_size
         ranks, counts = np.unique(images // per_worker, return_counts=True)
-        blame = ", ".join(
+        counted = ", ".join(
             f"{count} of the {per_worker} of worker {rank}" for rank, count in zip(ranks, counts, strict=True)
         )
         raise FloatingPointError(
-            f"step {step}: embeddings are nan or infinite: {blame}; start another run with a lower "
-            "--optim.lr, or look at these images"
+            f"step {step}: embeddings are nan or infinite: {counted}; start another run with a lower "
+            "--optim.lr, or inspect these images"
         )

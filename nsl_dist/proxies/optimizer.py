@@ -1,14 +1,12 @@
-"""Updates of the sampled rows only.
+"""Optimisers that update only the sampled rows.
 
-`DeferredSGD` is exact to the dense optimiser. Dense SGD with momentum and weight decay also moves the rows without a
-gradient, all by the same 2x2 map of (weight, velocity), which depends on learning rate, momentum and weight decay
-alone. A row that is not drawn is left alone, and the product of the maps that it missed is applied when it is drawn
-again.
+`DeferredSGD` is equivalent to the dense optimiser. Dense SGD with momentum and weight decay also moves rows without a
+gradient, all by the same 2x2 map of (weight, velocity), which depends only on learning rate, momentum and weight decay.
+`DeferredSGD` leaves such rows untouched and applies the product of the missed maps when a row is sampled again.
 
-`RowwiseAdagrad` needs one number of state for each class instead of a second matrix.
+`RowwiseAdagrad` needs one number of state per class instead of a second matrix.
 
-Both work on the rows of one chunk at a time: `read` them, `update` them with their gradients, and after the last chunk
-of a step, `finish_step`.
+Both work on one chunk of rows at a time: `read`, `update` with the gradients, and `finish_step` after the last chunk.
 """
 
 import torch
@@ -18,12 +16,12 @@ from nsl_dist.proxies.table import Rows, Table
 
 
 class DeferredSGD:
-    """`torch.optim.SGD` with momentum and weight decay for a matrix of which each step reads and writes a few rows.
+    """`torch.optim.SGD` with momentum and weight decay for a matrix of which each step touches only a few rows.
 
     Attributes:
         weight: the rows.
         velocity: their momentum buffer.
-        num_finished: steps that this optimiser has done.
+        num_finished: number of finished steps.
 
     """
 
@@ -37,22 +35,22 @@ class DeferredSGD:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps for each row beside its weights."""
+        """State that a checkpoint saves for each row in addition to its weight."""
         return {"velocity": self.velocity.values, "step": self._step_of_C}
 
     @property
     def history(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps once for all rows and workers: what the rows left alone have missed."""
+        """State that a checkpoint saves once for all rows and workers: the maps that untouched rows have missed."""
         return self._missed.state
 
     def resume(self, history: dict[str, Tensor]) -> None:
-        """Go on with what was written into the tensors of `state`, and a `history`."""
+        """Resume from the contents of the tensors of `state` and a `history`."""
         self._missed.state = history
         self._all_current = bool((self._step_of_C == self._missed.num_steps).all())
 
     @property
     def bytes_per_row(self) -> int:
-        """What `read` returns for one row."""
+        """Size of what `read` returns for one row."""
         return 8 * self.weight.values.shape[1]
 
     def _declare_current(self) -> None:
@@ -62,9 +60,9 @@ class DeferredSGD:
         self._missed: _MapProducts = _MapProducts(device)
 
     def read(self, rows: Rows, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return weights and velocities, float32 `[S, D]` on the device, up to date with the steps so far.
+        """Return weights and velocities, float32 `[S, D]` on the device, up to date with all steps so far.
 
-        `out` is memory that may be used for them, such as an earlier result for as many rows.
+        `out` is memory that may be reused, such as an earlier result for the same number of rows.
         """
         weight_out, velocity_out = out or (None, None)
         if self._all_current:
@@ -78,7 +76,7 @@ class DeferredSGD:
         )
 
     def update(self, rows: Rows, read: tuple[Tensor, Tensor], grad_SD: Tensor, *, lr: float, step: int) -> None:
-        """Write rows that `read` returned, moved by their gradient, weight decay included."""
+        """Update rows returned by `read` and write them; the gradient includes weight decay."""
         weight_SD, velocity_SD = read
         torch.add(grad_SD, velocity_SD, alpha=self.momentum, out=velocity_SD)
         weight_SD.add_(velocity_SD, alpha=-lr)
@@ -90,13 +88,13 @@ class DeferredSGD:
             self._step_of_C.index_fill_(0, rows, self._missed.num_steps + 1)
 
     def finish_step(self, num_updated: int, *, lr: float) -> None:
-        """End a step that updated `num_updated` rows; for the others it goes on record."""
+        """End a step that updated `num_updated` rows and record its map for the others."""
         self.num_finished += 1
         self._all_current = self._all_current and num_updated == self.weight.partition.num_rows
         self._missed.append([[1 - lr * self.weight_decay, -lr * self.momentum], [self.weight_decay, self.momentum]])
 
     def catch_up(self, *, step: int) -> None:
-        """Bring every row up to date with the steps before `step`."""
+        """Bring every row up to date with all steps before `step`."""
         if not self._all_current:
             for rows in self.weight.parts():
                 weight_SD, velocity_SD = self.read(rows)
@@ -106,14 +104,14 @@ class DeferredSGD:
 
 
 class RowwiseAdagrad:
-    """Adagrad with one accumulator for each row: the mean square of its gradients (Gupta et al. 2014, section 3.1).
+    """Adagrad with one accumulator per row: the mean square of its gradients (Gupta et al. 2014, section 3.1).
 
-    Weight decay acts on the rows of a step only.
+    Weight decay applies only to the rows of a step.
 
     Attributes:
         weight: the rows.
         accumulator: `[C, 1]`, float32.
-        num_finished: steps that this optimiser has done.
+        num_finished: number of finished steps.
 
     """
 
@@ -127,7 +125,7 @@ class RowwiseAdagrad:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps for each row beside its weights."""
+        """State that a checkpoint saves for each row in addition to its weight."""
         return {"accumulator": self.accumulator.values}
 
     @property
@@ -136,21 +134,21 @@ class RowwiseAdagrad:
         return {}
 
     def resume(self, history: dict[str, Tensor]) -> None:
-        """Go on with what was written into the tensors of `state`."""
+        """Resume from the contents of the tensors of `state`."""
         assert not history
 
     @property
     def bytes_per_row(self) -> int:
-        """What `read` returns for one row."""
+        """Size of what `read` returns for one row."""
         return 4 * self.weight.values.shape[1] + 4
 
     def read(self, rows: Rows, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return weights `[S, D]` and accumulators `[S, 1]`, float32 on the device; in the memory of `out` if given."""
+        """Return weights `[S, D]` and accumulators `[S, 1]`, float32 on the device; `out` may be reused."""
         weight_out, accumulator_out = out or (None, None)
         return self.weight.read(rows, out=weight_out), self.accumulator.read(rows, out=accumulator_out)
 
     def update(self, rows: Rows, read: tuple[Tensor, Tensor], grad_SD: Tensor, *, lr: float, step: int) -> None:
-        """Write rows that `read` returned, moved by their gradient, weight decay included."""
+        """Update rows returned by `read` and write them; the gradient includes weight decay."""
         weight_SD, accumulator_S1 = read
         accumulator_S1 += grad_SD.square().mean(dim=1, keepdim=True)
         weight_SD.addcdiv_(grad_SD, accumulator_S1.sqrt() + self.EPSILON, value=-lr)
@@ -158,19 +156,19 @@ class RowwiseAdagrad:
         self.accumulator.write(rows, accumulator_S1, stream=4 * step + 2)
 
     def finish_step(self, num_updated: int, *, lr: float) -> None:  # noqa: ARG002
-        """End a step; rows without a gradient do not move."""
+        """End a step."""
         self.num_finished += 1
 
     def catch_up(self, *, step: int) -> None:
-        """Rows without a gradient do not move."""
+        """Do nothing: rows without a gradient do not move."""
 
 
 class _MapProducts:
-    """Products of the 2x2 maps from each past step to now, in two levels and float64.
+    """Products of the 2x2 maps from each past step to now, in float64 and two levels.
 
-    Steps are gathered in blocks. For every step there is the product up to the end of its block, for every block the
-    one from its end to now: a new step changes the products of one block and one for each block before. No product is
-    ever divided by another: their determinant, momentum^steps, vanishes. 32 bytes a step.
+    Steps are grouped in blocks. There is one product per step, up to the end of its block, and one per block, from its
+    end to now, so that a new step updates the products of one block and one product of each earlier block. Dividing
+    prefix products instead would fail because their determinant, momentum^steps, vanishes. Takes 32 bytes per step.
     """
 
     STEPS_PER_BLOCK = 1024
@@ -183,7 +181,7 @@ class _MapProducts:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """All products, `[2, 2, steps]` up to the ends of blocks and `[2, 2, blocks]`."""
+        """All products: `[2, 2, steps]` up to the ends of blocks, and `[2, 2, blocks]`."""
         return {"within": self._within[:, :, : self.num_steps], "after": self._after}
 
     @state.setter
@@ -194,7 +192,7 @@ class _MapProducts:
         self._within[:, :, : self.num_steps] = state["within"]
 
     def append(self, new_map: list[list[float]]) -> None:
-        """Bring all products forward by one step."""
+        """Extend all products by one step."""
         new = torch.tensor(new_map, dtype=torch.float64).to(self._within.device, non_blocking=True)
         block = self.num_steps // self.STEPS_PER_BLOCK
         for products in (

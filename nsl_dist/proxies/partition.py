@@ -1,4 +1,4 @@
-"""Which worker owns which classes."""
+"""Assignment of classes to workers."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Partition:
     """The contiguous range of classes, `start <= label < stop`, that one worker owns.
 
-    Every worker owns `rows_per_rank = ceil(num_classes / world_size)` classes, the last ones fewer or none: the layout
-    of `torch.distributed.tensor.Shard(0)`, so that a checkpoint reshards to any number of workers.
+    Every worker owns `rows_per_rank = ceil(num_classes / world_size)` classes, the last ones fewer or none. This
+    is the layout of `torch.distributed.tensor.Shard(0)`; checkpoints can be resharded to any number of workers.
     """
 
     num_classes: int
@@ -24,7 +24,7 @@ class Partition:
 
     @property
     def rows_per_rank(self) -> int:
-        """Classes on every worker but the last ones."""
+        """Classes per worker, except for the last workers."""
         return -(-self.num_classes // self.world_size)
 
     @property

@@ -1,7 +1,7 @@
-"""The Normalized Softmax Loss over a class-proxy matrix partitioned over the workers.
+"""The Normalized Softmax Loss over a class-proxy matrix that is partitioned across workers.
 
-Letters of tensor names: b images of this worker, B images of the global batch, S sampled classes of one chunk of this
-worker's, D dimensions, K sums over the classes.
+Letters in tensor names: b images of this worker, B images of the global batch, S sampled classes in one chunk of this
+worker, D dimensions, K sums over the classes.
 """
 
 import math
@@ -20,24 +20,24 @@ from torch.autograd.function import once_differentiable
 from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
 from nsl_dist.proxies.table import Rows
 
-# float32 spans e^-87 to e^88. Logits lie in [-1/t, 1/t]; moving the upper end to e^60 leaves e^28 for the sum over
-# classes and makes every temperature down to 2 / (60 + 87) exact without the maximum over all workers' logits.
+# float32 spans e^-87 to e^88 and logits lie in [-1/t, 1/t]. Shifting the upper end to e^60 leaves e^28 for the sum over
+# classes, and no maximum over all workers' logits is needed for temperatures down to 2 / (60 + 87).
 HIGHEST_EXPONENT = 60.0
 LOWEST_TEMPERATURE = 2 / (HIGHEST_EXPONENT + 87)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sampled classes of this worker that are worked on at once."""
+    """Sampled classes of this worker that are processed together."""
 
     rows: Rows
     num_rows: int
     target_images: Tensor
     """Images of the global batch whose class is in this chunk."""
     target_columns: Tensor
-    """The place of their class in the chunk."""
+    """Index of each such image's class in the chunk."""
     multiplicity_S: Tensor | None
-    """How many classes each one stands for in the normaliser; None: one."""
+    """Number of classes that each one represents in the normaliser; None means one."""
 
 
 @dataclass
@@ -48,16 +48,16 @@ class SampledProxies:
     optimizer: DeferredSGD | RowwiseAdagrad
     step: int
     keep: bool
-    """Keep proxies and logits from the forward to the backward pass, or make them again."""
+    """Keep proxies and logits for the backward pass instead of computing them again."""
     spare: deque[tuple[Tensor, Tensor]]
-    """Memory that earlier reads are done with: new memory costs more than what is read into it."""
+    """Buffers of earlier reads, for reuse: allocating costs more than reading into them."""
     num_finished: int
-    """Steps that the optimiser had done when the proxies were read."""
+    """Number of finished optimiser steps when the proxies were read."""
     prefetched: list[tuple[Tensor, Tensor]] | None = None
-    """What the optimiser read for each chunk, where that was done ahead."""
+    """Output of the optimiser's `read` for each chunk, if it was called ahead of time."""
 
     def read(self, chunk: int) -> tuple[Tensor, Tensor]:
-        """Return the proxies of a chunk `[S, D]` and what else the optimiser keeps of them."""
+        """Return the proxies `[S, D]` of a chunk and their optimiser state."""
         if self.prefetched:
             return self.prefetched[chunk]
         out = self.spare.popleft() if self.spare else None
@@ -66,20 +66,20 @@ class SampledProxies:
         return self.optimizer.read(self.chunks[chunk].rows, out=out)
 
     def release(self, chunk: int, read: tuple[Tensor, Tensor]) -> None:
-        """Give back what `read` returned, to be used again."""
-        if not isinstance(self.chunks[chunk].rows, slice):  # which may be a view of the table itself
+        """Return the output of `read` for reuse."""
+        if not isinstance(self.chunks[chunk].rows, slice):  # a slice may be a view of the table itself
             self.spare.append(read)
 
 
 class _PartitionedNormalizedSoftmax(torch.autograd.Function):
-    """Cross-entropy whose classes are spread over the workers, and the update of their proxies.
+    """Cross-entropy over classes that are partitioned across workers, and the update of their proxies.
 
-    Collectives: forward, one all-gather of embeddings (b x D floats a worker) and one all-reduce of 2 x B floats (4 x B
-    with label smoothing), and where accuracy is measured another of B floats; backward, one reduce-scatter of B x D
-    floats. Partitions may differ in size, an empty one included; b may not.
+    Collectives in the forward pass: one all-gather of embeddings (b x D floats per worker), one all-reduce of 2 x B
+    floats (4 x B with label smoothing), and another of B floats if accuracy is measured. In the backward pass: one
+    reduce-scatter of B x D floats. Partitions may differ in size or be empty; b must be the same on all workers.
 
-    Proxies have no gradient tensor: each chunk's gradient goes to the optimiser as soon as it is there, so that beside
-    the tables no memory is needed but for a chunk, or for all sampled classes where they are kept.
+    Proxies have no gradient tensor. Each chunk's gradient goes to the optimiser as soon as it is computed, so the extra
+    memory is that of one chunk, or of all sampled classes if they are kept.
     """
 
     @staticmethod
@@ -96,7 +96,7 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
         embeddings_BD = _all_gather(embeddings_bD, group)
         ctx.queries_BD = embeddings_BD / temperature
         ctx.shift = max(0.0, 1 / temperature - HIGHEST_EXPONENT)
-        # Normaliser and target; for label smoothing also all logits and how many classes they stand for.
+        # Normaliser and target; with label smoothing also the sum of logits and the number of classes they represent.
         sums_KB = embeddings_BD.new_zeros(4 if smoothing else 2, len(embeddings_BD))
         best_B = embeddings_BD.new_full((len(embeddings_BD),), -math.inf)
         ctx.kept = []
@@ -156,8 +156,8 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
                 if ctx.smoothing:
                     share = ctx.smoothing * grad_image / ctx.num_classes
                     grad_BS -= share if chunk.multiplicity_S is None else share * chunk.multiplicity_S
-                # A logit is the product with a proxy over the proxy's length, on which the loss does not depend: what
-                # the gradient has along the proxy is taken off.
+                # Logits are divided by the proxy's length, so the loss does not depend on it: remove the component of
+                # the gradient along the proxy.
                 along_S = logits_BS.mul_(grad_BS).sum(dim=0).div_(lengths_S.square())
                 shrink_S = proxies.optimizer.weight_decay - along_S
                 grad_BS /= lengths_S
@@ -174,7 +174,7 @@ class _PartitionedNormalizedSoftmax(torch.autograd.Function):
 
 
 def _logits(queries_BD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits `[B, S]` and the proxies' lengths `[S]`."""
+    """Return the logits `[B, S]` and the lengths of the proxies `[S]`."""
     lengths_S = torch.linalg.vector_norm(weight_SD, dim=1).clamp_min_(1e-12)
     return (queries_BD @ weight_SD.T).div_(lengths_S), lengths_S
 
@@ -213,30 +213,33 @@ def normalized_softmax_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the Normalized Softmax Loss (paper, section 3.1) of the global batch over all workers' sampled classes.
 
-    Cross-entropy on cosine similarity over temperature, in float32 whatever the autocast. Every worker gets the same
-    value. `backward()` updates the proxies. The gradient of `embeddings_bD` is scaled by the world size, for a model
-    under DistributedDataParallel, which averages over ranks.
+    This is cross-entropy on cosine similarity divided by temperature, in float32 regardless of autocast. Every worker
+    gets the same value. `backward()` updates the proxies. The gradient of `embeddings_bD` is multiplied by the world
+    size, because DistributedDataParallel averages over ranks.
 
     Args:
-        embeddings_bD: this worker's embeddings, of any length; normalised here. b must be the same on every worker.
-        proxies: this worker's part of the sampled classes; together the workers hold the class of every image once.
+        embeddings_bD: this worker's embeddings, not necessarily normalised. b must be the same on every worker.
+        proxies: this worker's sampled classes. Exactly one worker must hold the class of each image.
         lr: learning rate of the proxies.
-        temperature: sigma of the paper; at least `LOWEST_TEMPERATURE`.
-        smoothing: share of each image's label that is spread evenly over all classes, those that sampled ones stand for
-            included.
-        group: the workers that share the classes; None computes alone.
-        accuracy: a scalar that is overwritten with the share of the images of the global batch whose own class is the
-            nearest of all that were sampled; None: it is not measured, which spares one more look at every logit.
+        temperature: sigma in the paper; at least `LOWEST_TEMPERATURE`.
+        smoothing: fraction of each label that is spread evenly over all classes, including those that sampled classes
+            represent.
+        group: workers that share the classes; None for a single worker.
+        accuracy: scalar to overwrite with the fraction of the global batch whose class is the nearest of all sampled
+            ones. None skips this additional pass over the logits.
 
     Returns:
-        The loss, and for each image of the global batch, `[2, B]`, whether its embedding and its normaliser are finite.
+        The loss, and a `[2, B]` tensor that tells for each image of the global batch whether its embedding and its
+        normaliser are finite.
 
     Raises:
-        ValueError: the temperature is below float32's reach.
+        ValueError: the temperature is too low for float32.
 
     """
     if temperature < LOWEST_TEMPERATURE:
-        raise ValueError(f"temperature {temperature} is below {LOWEST_TEMPERATURE:.4f}, which float32 can express")
+        raise ValueError(
+            f"temperature {temperature} is below {LOWEST_TEMPERATURE:.4f}, the lowest that float32 can represent"
+        )
     with torch.autocast(embeddings_bD.device.type, enabled=False):
         result: tuple[Tensor, Tensor] = _PartitionedNormalizedSoftmax.apply(
             F.normalize(embeddings_bD.float()), proxies, lr, temperature, smoothing, group, accuracy
@@ -253,15 +256,15 @@ def split_into_chunks(
     table_device: torch.device,
     device: torch.device,
 ) -> list[Chunk]:
-    """Cut this worker's sampled classes into chunks.
+    """Split this worker's sampled classes into chunks.
 
     Args:
-        rows: of the sampled classes, ascending and distinct.
-        labels_B: the row of each image's class; outside [0, C) where another worker owns it.
-        rows_at_once: classes in a chunk.
-        multiplicity: how many classes a sampled one that no image belongs to stands for; None: one.
-        table_device: where the rows are kept.
-        device: where they are worked on.
+        rows: rows of the sampled classes, ascending and distinct.
+        labels_B: row of each image's class; outside [0, C) if another worker owns it.
+        rows_at_once: classes per chunk.
+        multiplicity: number of classes that a sampled class without images represents; None means one.
+        table_device: device that stores the rows.
+        device: device that processes them.
 
     """
     columns_B = np.searchsorted(rows, labels_B)

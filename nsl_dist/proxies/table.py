@@ -1,4 +1,4 @@
-"""A worker's rows of a matrix over all classes, in the memory of its device, of the host, or in a file."""
+"""A worker's rows of a matrix over all classes, in device memory, host memory or a file."""
 
 import contextlib
 import mmap
@@ -11,20 +11,20 @@ from nsl_dist.memory_map import map_file
 from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
 from nsl_dist.proxies.partition import Partition
 
-# Consecutive rows are a slice, which is read without a copy.
+# A slice of consecutive rows is read without a copy.
 Rows = slice | Tensor
 Placement = Literal["device", "host", "disk"]
 
 
 class Table:
-    """Rows of which every step reads and writes a few.
+    """A matrix of which each step reads and writes a few rows.
 
     Attributes:
-        values: `[partition.num_rows, dim]`, float32 or bfloat16, where `placement` says.
+        values: `[partition.num_rows, dim]`, float32 or bfloat16, stored according to `placement`.
 
     """
 
-    # Rows that are made or rewritten all at once go through memory in parts of this size.
+    # Passes over all rows work on this many at a time.
     ROWS_AT_ONCE = 8192
 
     def __init__(
@@ -39,27 +39,28 @@ class Table:
         seed: int = 0,
         initial_bound: float = 0.0,
     ) -> None:
-        """Allocate the rows, drawn from U(-initial_bound, initial_bound), the same for any number of workers.
+        """Allocate the rows, drawn from U(-initial_bound, initial_bound), independent of the number of workers.
 
-        Rows of a file are not made before they are read for the first time.
+        With placement `disk`, rows are initialised when they are first read.
 
         Args:
-            partition: which classes the rows are.
-            dim: columns.
-            dtype: of the values; bfloat16 is rounded stochastically.
-            placement: device; host, the same on a CPU; or disk, a file without a name that vanishes with the process.
-            device: where rows are read to.
-            directory: of the file; None: the system's for temporary files.
-            seed: of the initial rows and of the rounding.
-            initial_bound: 0 begins with zeros.
+            partition: classes of the rows.
+            dim: number of columns.
+            dtype: type of the values; bfloat16 is rounded stochastically.
+            placement: `device`; `host`, the same as `device` on a CPU; or `disk`, an unnamed file that disappears with
+                the process.
+            device: device that rows are read to.
+            directory: folder for the file; None for the system's temporary folder.
+            seed: seed of the initial rows and of the rounding.
+            initial_bound: 0 initialises with zeros.
 
         Raises:
-            ValueError: the directory does not exist or its disk has no room for the file.
+            ValueError: the directory does not exist or its disk is full.
 
         """
         self.partition = partition
         self.placement = placement
-        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
+        self.device = torch.empty(0, device=device).device  # with its index, like the device of a tensor
         self.directory = directory
         self.seed = seed
         self.initial_bound = initial_bound
@@ -77,7 +78,7 @@ class Table:
                 self.make_all()
 
     def zeros_beside(self, dim: int, *, dtype: torch.dtype) -> "Table":
-        """Return a table of zeros for the same classes in the same place."""
+        """Return a table of zeros with the same classes and placement."""
         return Table(
             self.partition,
             dim,
@@ -89,24 +90,24 @@ class Table:
         )
 
     def parts(self) -> list[slice]:
-        """Return all rows in slices that fit memory."""
+        """Return slices of `ROWS_AT_ONCE` that cover all rows."""
         starts = range(0, self.partition.num_rows, self.ROWS_AT_ONCE)
         return [slice(start, min(start + self.ROWS_AT_ONCE, self.partition.num_rows)) for start in starts]
 
     def make_all(self) -> None:
-        """Make the rows that were never read."""
+        """Initialise all rows that were never read."""
         for rows in self.parts():
             self._make(rows)
         self._made_C = None
 
     def declare_made(self) -> None:
-        """Take the values as they are, for example from a checkpoint."""
+        """Treat all rows as initialised, because they are loaded from elsewhere."""
         self._made_C = None
 
     def read(self, rows: Rows, *, out: Tensor | None = None) -> Tensor:
-        """Return rows as float32 `[S, D]` on the device; a view where nothing has to be copied or converted.
+        """Return rows as float32 `[S, D]` on the device; a view if nothing has to be copied or converted.
 
-        `out` is memory that may be used for it.
+        `out` is memory that may be reused.
         """
         self._make(rows)
         if isinstance(rows, slice):
@@ -120,7 +121,7 @@ class Table:
         return values_SD.to(self.device, non_blocking=True).float()
 
     def write(self, rows: Rows, values_SD: Tensor, *, stream: int) -> None:
-        """Write rows, which may be the very view that `read` returned; `stream` tells one rounding from another."""
+        """Write rows, possibly the view that `read` returned. `stream` must differ between calls, for the rounding."""
         if self.values.dtype == torch.bfloat16:
             classes_S = self._classes(rows).to(values_SD.device)
             values_SD = round_to_bfloat16(values_SD, classes_S, seed=self.seed, stream=stream)
@@ -151,8 +152,8 @@ def _map_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)  # random rows of small pages miss the TLB
+        with contextlib.suppress(OSError):  # not supported by the kernel
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses for random rows
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
@@ -163,7 +164,7 @@ def _map_file(shape: tuple[int, int], dtype: torch.dtype, directory: str | None)
         shape[0] * shape[1] * dtype.itemsize,
         directory=directory,
         what="class proxies",
-        remedy="set --proxies.directory to a folder on a local disk with room for them",
+        remedy="set --proxies.directory to a folder on a local disk with enough space",
     )
     memory.madvise(mmap.MADV_RANDOM)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,1 +1,1 @@
-"""MLflow: runs, metrics of nodes, models. Nothing else speaks to it."""
+"""MLflow: runs, node metrics and models. No other package imports it."""

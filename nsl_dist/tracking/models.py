@@ -1,7 +1,7 @@
-"""The embedding model in MLflow's registry: a model flavour of ours, which MLflow's `Model.log` saves by.
+"""Registers embedding models with MLflow. This module is the model flavour that MLflow's `Model.log` saves with.
 
-A registered model holds the model of a checkpoint for `mlflow.pyfunc` (images in, see `nsl_dist/pyfunc.py`) and for
-`mlflow.pytorch` (the bare network, normalised pixels in), the code and the versions of the packages that both need.
+A registered model contains a checkpoint's model for `mlflow.pyfunc` (takes images, see `nsl_dist/pyfunc.py`) and for
+`mlflow.pytorch` (the bare network, takes normalised pixels), plus the code and package versions that both need.
 """
 
 import io
@@ -25,25 +25,27 @@ from nsl_dist.embedder import load_embedder, read_description
 from nsl_dist.model import TIMM
 from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
 
-# All that nsl_dist/pyfunc.py imports; with timm where the backbone is of it.
+# Imports of nsl_dist/pyfunc.py; timm is added for its backbones.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "simplejpeg", "torch", "torchvision")
 
 
 def register(checkpoint: str, *, name: str, run_id: str, step: int, tracking_uri: str) -> int:
-    """Log the model of a checkpoint to a run, and register it as a new version.
+    """Log the model of a checkpoint to a run and register it.
 
     Args:
         checkpoint: folder or URI.
-        name: in the registry; made if it is new.
-        run_id: MLflow's, of the training.
+        name: name in the registry, created if it does not exist.
+        run_id: id of the training's MLflow run.
         step: iterations before the checkpoint.
-        tracking_uri: MLflow's; the registry is there too, unless MLFLOW_REGISTRY_URI names another.
+        tracking_uri: MLflow server or database, also of the registry unless MLFLOW_REGISTRY_URI is set.
 
     Returns:
-        The version.
+        The version number.
 
     """
-    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)  # it warns of pickle, which we chose
+    logging.getLogger("mlflow.pytorch").setLevel(
+        logging.ERROR
+    )  # suppress its warning about pickle, which is chosen below
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_experiment(experiment_id=mlflow.get_run(run_id).info.experiment_id)
     info = Model.log(
@@ -59,14 +61,7 @@ def register(checkpoint: str, *, name: str, run_id: str, step: int, tracking_uri
 
 
 def save_model(path: str, mlflow_model: Model, *, checkpoint: str) -> None:
-    """Save the model of a checkpoint in both flavours; called by MLflow.
-
-    Args:
-        path: folder to make.
-        mlflow_model: MLflow's description, to be filled in.
-        checkpoint: folder or URI.
-
-    """
+    """Save the model of a checkpoint in both flavours to the folder `path`; called by MLflow."""
     embedder = load_embedder(checkpoint)
     backbone = read_description(checkpoint)[0].backbone
     packages = [*REQUIREMENTS, *(["timm"] if backbone.startswith(TIMM) else [])]
@@ -82,7 +77,7 @@ def save_model(path: str, mlflow_model: Model, *, checkpoint: str) -> None:
         path,
         mlflow_model=mlflow_model,
         code_paths=[str(Path(nsl_dist.__file__).parent)],
-        serialization_format="pickle",  # a network that can be trained on, which a traced graph cannot
+        serialization_format="pickle",  # unlike a traced graph, the network can be trained further
         pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in packages],
         signature=signature,
         input_example=pd.DataFrame({"image": [_example(shade) for shade in (64, 192)]}),
@@ -91,7 +86,7 @@ def save_model(path: str, mlflow_model: Model, *, checkpoint: str) -> None:
         storage.write_bytes(str(Path(path, "embedder", name)), storage.read_bytes(storage.join(checkpoint, name)))
     served: dict[str, Any] = mlflow_model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     served |= {mlflow.pyfunc.MAIN: "nsl_dist.pyfunc", mlflow.pyfunc.DATA: "embedder"}
-    del served[mlflow.pyfunc.MODEL_CONFIG]  # of its own loader
+    del served[mlflow.pyfunc.MODEL_CONFIG]  # only used by the loader of mlflow.pytorch
     mlflow_model.save(str(Path(path, "MLmodel")))
 
 

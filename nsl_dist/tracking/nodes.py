@@ -1,4 +1,4 @@
-"""CPU, memory, network and GPUs of a cluster's nodes, as MLflow's own monitors measure them."""
+"""CPU, memory, network and GPU metrics of all nodes, measured by MLflow's own monitors."""
 
 import threading
 from collections import Counter
@@ -12,21 +12,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nsl_dist import cluster
 from nsl_dist.progress import counted
 
-EVERY_SECONDS = 10.0  # as MLflow's own
-ANSWER_SECONDS = 5.0  # a node that is slower is asked again the next time
+EVERY_SECONDS = 10.0  # MLflow's default
+ANSWER_SECONDS = 5.0  # slower nodes are skipped this time
 
 
 class NodeMetrics:
-    """Measures all nodes that are there, from a thread of its own, until it is closed.
+    """Measures all live nodes from a background thread until it is closed.
 
     Args:
-        log: takes the metrics of one node by MLflow's names, `system/NODE/cpu_utilization_percentage`.
+        log: receives the metrics of one node under MLflow's names, such as `system/NODE/cpu_utilization_percentage`.
 
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None]) -> None:
         self._log = log
-        self._monitors: dict[str, Any] = {}  # actors, on all nodes but this one
+        self._monitors: dict[str, Any] = {}  # actors, one per node except this one
         self._failures: list[str] = []
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -72,7 +72,7 @@ class NodeMetrics:
 
 
 def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what to call each node, by its id: by its address, where no other has the same."""
+    """Return a name for each node id: its address, with a suffix if several nodes share it."""
     shared = Counter(node["NodeManagerAddress"] for node in nodes)
     return {
         node["NodeID"]: node["NodeManagerAddress"]
@@ -82,7 +82,7 @@ def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
 
 
 class _Monitor:
-    """Of one node; on all but the driver's an actor."""
+    """Monitor of one node; an actor on all nodes except the driver's."""
 
     def __init__(self) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -90,12 +90,12 @@ class _Monitor:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
         self._monitors: list[Any] = [CPUMonitor(), NetworkMonitor()]
-        with suppress(RuntimeError):  # there is none
+        with suppress(RuntimeError):  # no GPU
             self._monitors.append(GPUMonitor())
-        self.read()  # of a CPU, what it does between two readings
+        self.read()  # CPU utilisation is measured between two readings
 
     def read(self) -> dict[str, float]:
-        """Return what MLflow's monitors say, by their names."""
+        """Return the readings of MLflow's monitors by metric name."""
         metrics: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()

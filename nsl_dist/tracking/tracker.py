@@ -1,4 +1,4 @@
-"""A run in MLflow. The driver owns it; workers send it their records."""
+"""An MLflow run. It belongs to the driver, which logs on behalf of the workers."""
 
 import json
 import logging
@@ -22,9 +22,9 @@ from nsl_dist.run import CheckpointRecord, unsent_file
 if TYPE_CHECKING:
     from nsl_dist.data.shards import Manifest
 
-# Packages whose versions are tags; faiss comes from any of three.
+# Packages whose versions are logged as tags; faiss comes from any of three.
 PACKAGES = ("torch", "torchvision", "ray", "faiss-gpu", "faiss-gpu-cu12", "faiss-cpu", "pyarrow", "mlflow")
-MLFLOW_PATIENCE = 300.0  # seconds that the end of a run waits for it
+MLFLOW_PATIENCE = 300.0  # seconds to wait for MLflow at the end of a run
 SECONDS_BETWEEN_TRIES = 10.0
 
 
@@ -38,27 +38,27 @@ def installed_versions() -> dict[str, str]:
 
 
 class Tracker:
-    """MLflow, and one run in it: parameters at its start, metrics by global step, files at its end.
+    """Client for one MLflow run: parameters at the start, metrics by global step, files at the end.
 
-    What it cannot be told while it is away is kept, in memory and in a file of the storage, and sent when it is back.
+    While MLflow is unavailable, records are kept in memory and in a file in the storage, and sent later.
 
     Attributes:
-        run_id: MLflow's, once `start` was called.
-        uri: MLflow's, without credentials.
+        run_id: id of the MLflow run once it was started or resumed.
+        uri: MLflow server or database, without credentials.
 
     """
 
     def __init__(self, uri: str | None, *, storage_root: str, may_be_away: bool = False) -> None:
-        """Connect; the first time, MLflow sets its database up for seconds.
+        """Connect. The first time, MLflow takes seconds to set up its database.
 
         Args:
-            uri: MLflow server or database; None: that of MLFLOW_TRACKING_URI, else a SQLite database in `storage_root`,
-                or where that is remote in the user's own folder.
+            uri: MLflow server or database. None: MLFLOW_TRACKING_URI if set, else a SQLite database in `storage_root`,
+                or in ~/nsl_dist if that is remote.
             storage_root: folder or URI of the runs.
-            may_be_away: for a run that goes on, which need not wait for it.
+            may_be_away: do not fail if MLflow is unavailable, because a resumed run can continue without it.
 
         Raises:
-            ValueError: the tracking URI cannot be used, or one that is not from the environment holds a password.
+            ValueError: the tracking URI cannot be used, or contains a password and is not from the environment.
 
         """
         if uri is not None:
@@ -66,15 +66,15 @@ class Tracker:
         self.run_id = ""
         self._storage_root = storage_root
         self._unsent: deque[dict[str, Any]] = deque()
-        self._is_kept = False  # whether there is a file
+        self._is_kept = False  # whether the file of unsent records exists
         self._away = False
         self._try_again_at = 0.0
-        self._last_steps: dict[str, int] = {}  # of metrics that are logged once, by the first of their record
-        # MLflow's own retries would hold progress up for minutes; what fails is kept and sent later.
+        self._last_steps: dict[str, int] = {}  # for `once`, by the first metric of a record
+        # MLflow's own retries would block for minutes; failed records are sent later anyway.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # it warns at length of a machine without git
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of each step of a new database
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # suppress its long warning on machines without git
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it logs each step of a new database
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         local_root = storage.absolute("~/nsl_dist" if "://" in storage_root else storage_root)
         self._artifacts = None if uri and uri.startswith("http") else storage.join(local_root, "mlartifacts")
@@ -90,13 +90,13 @@ class Tracker:
             raise ValueError(f"the tracking URI {self.uri} cannot be used: {cause}") from None
 
     def add_to(self, run_id: str) -> None:
-        """Log into a run that is there, whatever its status, and send first what was kept for it.
+        """Log into an existing run, whatever its status, after sending the records that were kept for it.
 
         Raises:
-            ValueError: MLflow does not know it.
+            ValueError: the run does not exist.
 
         """
-        with suppress(mlflow.exceptions.MlflowException):  # it is away, as the first record will find
+        with suppress(mlflow.exceptions.MlflowException):  # unavailable; the first record will report it
             self.find(run_id)
         self.run_id = run_id
         kept = unsent_file(self._storage_root, run_id)
@@ -106,24 +106,24 @@ class Tracker:
             num_kept = len(self._unsent)
             self._send_all()
             if not self._unsent:
-                print(f"MLflow {self.uri} has got the {num_kept} records that it had missed", flush=True)
+                print(f"MLflow {self.uri}: sent the {num_kept} records that it had missed", flush=True)
 
     def resume(self, run_id: str) -> None:
-        """Go on with a run: as `add_to`, and it is running again."""
+        """Resume a run: like `add_to`, and set its status to RUNNING."""
         self.add_to(run_id)
         self._send({"status": "RUNNING"})
 
     def start(self, config: TrainConfig, manifest: "Manifest", *, cluster: str, git_commit: str | None) -> None:
-        """Create the run of a training: its configuration as parameters, data set, and tags of where it runs.
+        """Create the run of a training, with its configuration, data set and environment.
 
         Args:
-            config: of the run.
-            manifest: of its data.
-            cluster: in words.
-            git_commit: of the code, where git cannot be asked; None: it can, or nobody knows.
+            config: logged as parameters.
+            manifest: manifest of the data set.
+            cluster: description of the cluster.
+            git_commit: commit of the code; None to let MLflow ask git.
 
         Raises:
-            ValueError: MLflow does not know the parent.
+            ValueError: the parent run does not exist.
 
         """
         experiment_id = self._experiment(config.tracking.experiment or manifest.layout)
@@ -137,22 +137,16 @@ class Tracker:
         self._log_params(flatten(config) | {"data.digest": manifest.digest})
 
     def start_study(self, experiment: str, *, name: str, params: dict[str, Any]) -> None:
-        """Create the run that trainings are children of."""
+        """Create the parent run of a study."""
         run = self._client.create_run(self._experiment(experiment), run_name=name, tags=resolve_tags())
         self.run_id = run.info.run_id
         self._log_params(params)
 
     def start_evaluation(self, config: EvaluateConfig, manifest: "Manifest", *, parent: str, name: str) -> None:
-        """Create the run of an evaluation of its own, as a child of that of the training, and in its experiment.
-
-        Args:
-            config: of the evaluation.
-            manifest: of its data.
-            parent: MLflow's id of the training's run.
-            name: of the new run.
+        """Create the run of a standalone evaluation as a child of the training's run `parent`.
 
         Raises:
-            ValueError: MLflow does not know the parent.
+            ValueError: the parent run does not exist.
 
         """
         experiment_id = self.find(parent).info.experiment_id
@@ -163,8 +157,8 @@ class Tracker:
         """Return a run.
 
         Raises:
-            ValueError: MLflow does not know it.
-            mlflow.exceptions.MlflowException: MLflow is away.
+            ValueError: the run does not exist.
+            mlflow.exceptions.MlflowException: MLflow is unavailable.
 
         """
         try:
@@ -177,7 +171,7 @@ class Tracker:
             ) from error
 
     def _experiment(self, name: str) -> str:
-        """Return the id of an experiment, which is made if it is new."""
+        """Return the id of an experiment, creating it if necessary."""
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
@@ -190,7 +184,7 @@ class Tracker:
         self.run_id = run.info.run_id
         data = Dataset(
             name=manifest.layout,
-            digest=manifest.digest[:36],  # MLflow keeps no more
+            digest=manifest.digest[:36],  # MLflow's limit
             source_type="shards",
             source=json.dumps({"root": manifest.root, "source": manifest.source}),
             profile=json.dumps(manifest.splits),
@@ -201,26 +195,26 @@ class Tracker:
         self._client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in params.items()])
 
     def log(self, metrics: dict[str, float], *, step: int, once: bool = False) -> None:
-        """Log metrics at a global step, now or when MLflow can be reached again.
+        """Log metrics at a global step, now or when MLflow is available again.
 
         Args:
-            metrics: by name.
-            step: iterations before them.
-            once: leave them out where the run has the first of them at this step or a later one: steps that are done
-                again after a failure.
+            metrics: values by name.
+            step: number of finished iterations.
+            once: skip the metrics if the run already has the first of them at this or a later step, which happens when
+                steps are repeated after a failure.
 
         """
         self._send({"metrics": metrics, "timestamp": int(time.time() * 1000), "step": step, "once": once})
 
     def log_file(self, name: str, content: str) -> None:
-        """Log a text as an artifact, now or when MLflow can be reached again."""
+        """Log a text file as an artifact, now or when MLflow is available again."""
         self._send({"file": name, "content": content})
 
     def register(self, checkpoint: str, *, name: str) -> str:
-        """Register the model of a checkpoint as the newest version of `name`; return the URI to load it by.
+        """Register the model of a checkpoint as the newest version of `name` and return its URI.
 
         Raises:
-            ValueError: MLflow is away, or refuses it.
+            ValueError: MLflow is unavailable or rejects the model.
 
         """
         from nsl_dist.tracking.models import register  # imports torch
@@ -230,16 +224,13 @@ class Tracker:
             number = register(checkpoint, name=name, run_id=self.run_id, step=step, tracking_uri=self._tracking_uri)
         except (mlflow.exceptions.MlflowException, OSError) as error:
             cause = storage.without_password(str(error))
-            raise ValueError(f"MLflow {self.uri} does not register {name}: {cause}") from error
+            raise ValueError(f"MLflow {self.uri} cannot register {name}: {cause}") from error
         return f"models:/{name}/{number}"
 
     def history(self, names: list[str], *, run_id: str) -> dict[str, list[tuple[int, float]]]:
-        """Return the steps and values of some metrics of a run, by step; nothing where MLflow is away.
+        """Return steps and values of the named metrics of a run; empty if MLflow is unavailable.
 
-        Args:
-            names: of metrics; those that the run has not are left out.
-            run_id: MLflow's.
-
+        Metrics that the run does not have are omitted.
         """
         found = {}
         try:
@@ -250,24 +241,24 @@ class Tracker:
                     found[name] = sorted(last.items())
         except (mlflow.exceptions.MlflowException, OSError) as error:
             cause = storage.without_password(str(error))
-            print(f"MLflow {self.uri} does not answer with the course of the run: {cause}", flush=True)
+            print(f"MLflow {self.uri} does not return the history of the run: {cause}", flush=True)
             return {}
         return found
 
     def finish(self, *, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED, and `wait`."""
+        """End the run with status FINISHED, FAILED or KILLED, and `wait`."""
         self._send({"status": status})
         self.wait()
 
     def wait(self) -> None:
-        """Wait for MLflow until it has all records, or for five minutes."""
+        """Wait up to five minutes until MLflow has all records."""
         given_up = time.monotonic() + MLFLOW_PATIENCE
         while self._unsent and time.monotonic() < given_up:
             time.sleep(1)
             self._send_all()
         if self._unsent:
             print(
-                f"MLflow {self.uri} is still away: {len(self._unsent)} of its records are kept in "
+                f"MLflow {self.uri} is still unavailable: {len(self._unsent)} of its records are kept in "
                 f"{unsent_file(self._storage_root, self.run_id)}; the same command with its --run-name sends them",
                 flush=True,
             )
@@ -280,7 +271,7 @@ class Tracker:
             self._keep_unsent()
 
     def _send_all(self) -> None:
-        """Send what is unsent, in order, up to the first that fails."""
+        """Send unsent records in order, up to the first that fails."""
         was_away, self._away = self._away, False
         while self._unsent and not self._away:
             try:
@@ -291,7 +282,7 @@ class Tracker:
                 self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES
                 if not was_away:
                     cause = storage.without_password(str(error))
-                    print(f"MLflow {self.uri} does not answer; its records are sent later: {cause}", flush=True)
+                    print(f"MLflow {self.uri} does not answer; its records will be sent later: {cause}", flush=True)
             except Exception:
                 self._unsent.popleft()  # it can never be sent, and must not hold up those after it
                 raise
@@ -323,7 +314,7 @@ class Tracker:
         return self._last_steps[name]
 
     def _keep_unsent(self) -> None:
-        """Keep what is unsent in a file too, for a driver that is lost or gives up waiting."""
+        """Also keep unsent records in a file, in case the driver dies or stops waiting."""
         location = unsent_file(self._storage_root, self.run_id)
         try:
             if self._unsent:

@@ -1,13 +1,13 @@
-"""The model tried out before a run, in a task: torchvision takes long to import, the module of the run does so too."""
+"""Test of the model before a run. A module of its own, so that its task imports little besides torchvision."""
 
 from nsl_dist.config import TrainConfig
 
 
 def check_model(config: TrainConfig) -> None:
-    """Build and run the model once, before anything is trained.
+    """Build the model and run it once, before anything is trained.
 
     Raises:
-        ValueError: there is no such model, its weights cannot be had, or it does not take images of this size.
+        ValueError: the model does not exist, its weights are not available, or it does not accept this image size.
 
     """
     import torch
@@ -16,11 +16,11 @@ def check_model(config: TrainConfig) -> None:
 
     model = build_model(config.model, seed=config.seed).eval()
     try:
-        # As whoever loads the checkpoint does: some weights of torchvision come with another size of images.
+        # Like loading a checkpoint: some torchvision weights come with another image size.
         build_model(config.model, seed=config.seed, pretrained=False).load_state_dict(model.state_dict())
         model(torch.zeros(1, 3, config.data.image_size, config.data.image_size))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"--model.backbone {config.model.backbone} does not take images of --data.image-size "
-            f"{config.data.image_size}: {error}; give the size that it was made for"
+            f"{config.data.image_size}: {error}; set the size that it was built for"
         ) from error

@@ -1,7 +1,7 @@
 """Rows of large matrices in safetensors files: written as a stream, read by range.
 
-A file holds the rows `start` to `stop - 1` of some matrices of equally many rows. The safetensors package reads and
-writes whole files; rows of a class-proxy matrix may be larger than memory, and another number of workers wants others.
+A file holds the rows `start` to `stop - 1` of one or more matrices. The safetensors package only reads and writes whole
+files, but the rows of a class-proxy matrix may exceed memory, and resuming with another number of workers needs ranges.
 """
 
 import json
@@ -19,12 +19,12 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 
 def write_rows(location: str, tensors: Mapping[str, Tensor], *, start: int) -> None:
-    """Write matrices, or vectors, of equally many rows.
+    """Write matrices or vectors with the same number of rows.
 
     Args:
-        location: file or URI; it appears complete or not at all.
-        tensors: contiguous, in memory or memory-mapped.
-        start: the place of their first row in the whole matrix.
+        location: file or URI, written atomically.
+        tensors: contiguous tensors by name, in memory or memory-mapped.
+        start: index of their first row in the whole matrix.
 
     """
     (num_rows,) = {len(tensor) for tensor in tensors.values()}
@@ -43,16 +43,16 @@ def write_rows(location: str, tensors: Mapping[str, Tensor], *, start: int) -> N
 
 
 def read_rows(location: str, targets: Mapping[str, Tensor], *, first_row: int) -> int:
-    """Read rows of some matrices of a file of `write_rows`, by range; return the bytes read.
+    """Read ranges of rows from a file written by `write_rows`; return the number of bytes read.
 
     Args:
         location: file or URI.
-        targets: by name what to fill, all of it, whatever device it lies on.
-        first_row: the place of their first row in the whole matrix.
+        targets: tensors to fill by name, on any device.
+        first_row: index of their first row in the whole matrix.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it was cut off or is of another format; a matrix is not in it, or has another shape or type.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or has another format; a matrix is missing or has another shape or type.
 
     """
     filesystem, path = storage.resolve(location)
@@ -73,14 +73,14 @@ def read_rows(location: str, targets: Mapping[str, Tensor], *, first_row: int) -
             for part in _in_parts(target):
                 content = bytearray(part.nbytes)
                 if file.readinto(content) != part.nbytes:
-                    raise ValueError(f"{location} ended while it was read")
+                    raise ValueError(f"{location} ended unexpectedly")
                 part.copy_(torch.frombuffer(content, dtype=target.dtype).view(part.shape))
             num_bytes += target.nbytes
     return num_bytes
 
 
 def _read_header(file: Any, location: str) -> tuple[dict[str, Any], int, int]:
-    """Return the entries of a file of rows, the place of its first row in the whole matrix, and its first byte."""
+    """Return the header entries, the index of the first row in the whole matrix, and the offset of the data."""
     try:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -89,7 +89,7 @@ def _read_header(file: Any, location: str) -> tuple[dict[str, Any], int, int]:
         if file.size() != num_bytes:
             raise ValueError(f"it has {file.size()} bytes, its header says {num_bytes}: it was cut off")
     except (struct.error, ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{location} is no file of rows of a checkpoint: {error}") from error
+        raise ValueError(f"{location} is not a valid file of checkpoint rows: {error}") from error
     return header, start, 8 + length
 
 

@@ -1,4 +1,4 @@
-"""One training iteration. Knows nothing of Ray."""
+"""One training iteration. Does not use Ray."""
 
 from contextlib import nullcontext
 
@@ -19,12 +19,12 @@ from nsl_dist.schedule import Schedule
 
 
 class TrainingStep:
-    """Model, proxies and optimisers of one worker, and the iteration that moves them.
+    """Model, proxies and optimisers of one worker, and the iteration that updates them.
 
     Attributes:
         model: the bare embedding model.
-        proxies: this worker's part of the class-proxy matrix.
-        optimizer: of the model's trainable parameters; None where the phase trains the proxies alone.
+        proxies: this worker's partition of the class-proxy matrix.
+        optimizer: optimiser of the model's trainable parameters; None in a phase that only trains the proxies.
         schedule: phases and learning rates.
 
     """
@@ -41,18 +41,10 @@ class TrainingStep:
         group: dist.ProcessGroup | None = None,
         pretrained: bool = True,
     ) -> None:
-        """Build it all.
+        """Build model, proxies and optimisers for the worker with `rank` among `world_size` workers in `group`.
 
-        Args:
-            config: of the run.
-            num_classes: of all workers.
-            schedule: phases and learning rates.
-            device: of this worker.
-            rank: of this worker.
-            world_size: number of workers.
-            group: of the workers.
-            pretrained: False leaves `config.model.weights` out, for a training about to load a checkpoint.
-
+        `num_classes` counts the classes of all workers. `pretrained=False` ignores `config.model.weights`, for a
+        training that is about to load a checkpoint.
         """
         self.config = config
         self.device = device
@@ -74,7 +66,7 @@ class TrainingStep:
         self.begin_phase(0)
 
     def begin_phase(self, step: int) -> None:
-        """Choose what is trained from `step` on, with fresh optimisers (paper, section 4.1)."""
+        """Select the layers to train from `step` on and start new optimisers (paper, section 4.1)."""
         optim = self.config.optim
         everything = step >= self.schedule.num_new_layers_steps
         self.model.backbone.requires_grad_(everything)
@@ -94,12 +86,12 @@ class TrainingStep:
     def run(
         self, images_bCHW: Tensor, labels_B: NDArray[np.int64], *, step: int, accuracy: Tensor | None = None
     ) -> Tensor:
-        """Do one iteration.
+        """Run one iteration.
 
         Args:
             images_bCHW: this worker's part of the batch, uint8, on its device.
-            labels_B: the classes of the global batch, in rank order.
-            step: of the run, counted from 0.
+            labels_B: classes of the global batch, in rank order.
+            step: step of the run, starting at 0.
             accuracy: see `normalized_softmax_loss`.
 
         Returns:
@@ -120,7 +112,7 @@ class TrainingStep:
 
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        loss.backward()  # updates the proxies too
+        loss.backward()  # also updates the proxies
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()

@@ -400,7 +400,7 @@ def test_mistakes_are_told_in_a_line(
     told(f"error: cannot listen on 127.0.0.1:{service.port}: Address already in use; give", "--port", str(service.port))
     query = ["--query", str(service.files[0])]
     told("error: no checkpoint in", "--checkpoint", str(tmp_path), *query)
-    told("no images in it or below", *query)
+    told("contains no images", *query)
     told("could not parse index string", "--index", "Nonsense", *query)
 
 

@@ -22,7 +22,7 @@ def parse(*arguments: str) -> TrainConfig:
         (["--num-workers", "0"], "--num-workers 0 must be at least 1"),
         (["--optim.epochs", "0"], "--optim.epochs 0 must be >= 1"),
         (["--run-name", "a/b"], "--run-name 'a/b'"),
-        (["--tracking.register", "a/b"], "--tracking.register 'a/b' must have no / nor :"),
+        (["--tracking.register", "a/b"], "--tracking.register 'a/b' must not contain / or :"),
     ],
 )
 def test_bad_values_are_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

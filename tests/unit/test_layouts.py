@@ -144,7 +144,7 @@ def test_bad_inshop(tmp_path: Path) -> None:
     partition = write_inshop(tmp_path, train=[2], query=[1], gallery=[2]) / "list_eval_partition.txt"
     whole = partition.read_text()
     for old, new, message in (
-        ("5\n", "6\n", r"list_eval_partition.txt:1: expected the number of images, 5 are listed, got '6'"),
+        ("5\n", "6\n", r"list_eval_partition.txt:1: expected the number of listed images, 5, got '6'"),
         ("item_id", "item", r"list_eval_partition.txt:2: expected the header"),
         ("query\n", "querry\n", r"list_eval_partition.txt:5: expected .* status of train, query or gallery"),
         ("id_00000001     train", "id_00000002     train", r"class id_00000002 is in both splits"),
