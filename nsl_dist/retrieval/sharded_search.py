@@ -135,7 +135,7 @@ def open_gallery(
 def _start_shards(
     embeddings: EmbeddingSet, kinds: tuple[Kind, ...], config: EvalConfig, *, num_gpus: int
 ) -> tuple[list[Any], list[int], list[str]]:
-    """Return actors on the nodes that are there now, the cuts between their shards, and the ids of the nodes they may be on."""
+    """Return actors on the nodes that are there now, the cuts between their shards, and the ids of these nodes."""
     nodes = cluster.live_nodes()
     nodes = [node for node in nodes if node["Resources"].get("CPU")] or nodes  # a cluster's head has none
     num_shards = min(config.num_shards or num_gpus or len(nodes), embeddings.num_vectors)
