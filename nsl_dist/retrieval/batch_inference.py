@@ -1,4 +1,4 @@
-"""Model and shards -> embeddings in Parquet: Ray Data reads and decodes, a pool of actors embeds."""
+"""Embeds the images of a data set into Parquet files: Ray Data reads and decodes, a pool of actors embeds."""
 
 import dataclasses
 import hashlib

@@ -11,20 +11,20 @@ from nsl_dist.config import Kind
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.sharded_search import Gallery
 
-NUM_ITERATIONS = 25  # faiss's own, as its seed
+NUM_ITERATIONS = 25  # faiss's defaults, as the seed
 SEED = 1234
 
 
 def cluster_nmi(gallery: Gallery, kind: Kind, labels: NDArray[np.int64]) -> float:
-    """Return the NMI of k-means clusters with the classes, as many clusters as classes, geometrically normalised.
+    """Return the NMI of k-means clusters and classes, geometrically normalised, with as many clusters as classes.
 
-    The protocol of the paper's tables. faiss leads k-means, from a random choice of vectors; the shards assign their
-    own vectors and sum them up, so that only centroids travel. Codes are clustered as vectors of -1 and 1.
+    The protocol of the paper's tables. faiss runs k-means, starting from randomly chosen vectors; the shards assign
+    their own vectors and sum them up, so that only centroids travel. Codes are clustered as vectors of -1 and 1.
 
     Args:
-        gallery: exact.
+        gallery: opened for exact search.
         kind: what to cluster.
-        labels: classes, by id.
+        labels: classes of the gallery, by id.
 
     """
     from faiss.contrib.clustering import kmeans
@@ -32,14 +32,14 @@ def cluster_nmi(gallery: Gallery, kind: Kind, labels: NDArray[np.int64]) -> floa
 
     num_classes = len(np.unique(labels))
     vectors = _ShardedVectors(gallery, kind)
-    with contextlib.redirect_stdout(io.StringIO()):  # faiss prints a line that means nothing to the user
+    with contextlib.redirect_stdout(io.StringIO()):  # faiss prints a line that is of no use to the user
         centroids = kmeans(num_classes, vectors, niter=NUM_ITERATIONS, seed=SEED, verbose=False)
     clusters, _, _ = vectors.assign_to(centroids)
     return float(normalized_mutual_info_score(labels, clusters, average_method="geometric"))
 
 
 class _ShardedVectors:
-    """The vectors of a gallery as faiss's k-means asks for them (`faiss.contrib.clustering.DatasetAssign`)."""
+    """The vectors of a gallery with the interface of `faiss.contrib.clustering.DatasetAssign`."""
 
     def __init__(self, gallery: Gallery, kind: Kind) -> None:
         self._gallery, self._kind = gallery, kind

@@ -1,4 +1,4 @@
-"""The evaluation of a model: embed, search, measure, float and binary."""
+"""Evaluation of a model: embed the test images, search, and measure, with float and binary embeddings."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ from nsl_dist.run import MODEL_FILE, RESULTS_FILE, CheckpointRecord, find_checkp
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
 
-# What each data set is reported with (paper, section 4.1).
+# The K that each data set is reported with (paper, section 4.1).
 RECALL_AT: dict[Layout, tuple[int, ...]] = {
     "sop": (1, 10, 100, 1000),
     "inshop": (1, 10, 20, 30, 40, 50),

@@ -1,6 +1,6 @@
-"""The search over HTTP: a Ray Serve deployment with an API in JSON and a page; what comes from outside is checked here.
+"""Search over HTTP: a Ray Serve deployment with a JSON API and a web page. Untrusted input is validated here.
 
-Every refusal is a 4xx with `{"error": ...}`. Images are asked for by their number, never by a path.
+Every refusal is a 4xx with `{"error": ...}`. Images are requested by number, never by path.
 """
 
 import asyncio
@@ -37,10 +37,10 @@ from nsl_dist.config import MOST_NEIGHBOURS, Kind, SearchConfig
 from nsl_dist.retrieval.image_search import Answer, PreparedGallery, Query, Searcher, prepare_gallery
 from nsl_dist.run import StoppedError
 
-MOST_BYTES = 10 * 2**20  # of an image that somebody sends
-MULTIPART_BYTES = 64 * 2**10  # that a form may add to it
+MOST_BYTES = 10 * 2**20  # of a query image
+MULTIPART_BYTES = 64 * 2**10  # that a form may add to the image
 MOST_SAMPLED = 100
-MOST_AT_ONCE = 64  # requests that a replica works on; more wait
+MOST_AT_ONCE = 64  # requests that a replica handles at a time; more are queued
 BATCH = 16  # queries embedded together
 BATCH_WAIT = 0.01  # seconds that a query waits for others
 
@@ -48,7 +48,7 @@ Neighbours = Annotated[int, Parameter(ge=1, le=MOST_NEIGHBOURS)]
 
 
 def _page() -> tuple[str, str]:
-    """Return the page and the Content-Security-Policy that lets its own script and style run, and nothing else."""
+    """Return the page, and a Content-Security-Policy that allows its own script and style and nothing else."""
     html = importlib.resources.files("nsl_dist.retrieval").joinpath("pages/search.html").read_text()
     sources = {}
     for tag in ("script", "style"):
@@ -63,7 +63,7 @@ def _page() -> tuple[str, str]:
 
 
 class _SecurityHeaders:
-    """ASGI middleware that sets headers of every response."""
+    """ASGI middleware that sets security headers on every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -84,7 +84,7 @@ class _SecurityHeaders:
 
 
 def _make_app() -> FastAPI:
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # its pages load scripts of third parties
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # these pages load third-party scripts
     app.add_middleware(_SecurityHeaders)
 
     @app.exception_handler(StarletteHTTPException)
@@ -100,9 +100,9 @@ def _make_app() -> FastAPI:
 
 
 async def _read_upload(request: Request) -> bytes:
-    """Return the image of a request, its body or the first file of a form, refused as soon as it is too large.
+    """Return the image of a request: its body, or the first file of a form. Refuse it as soon as it is too large.
 
-    What is still on the way then is thrown away by the HTTP server.
+    The HTTP server discards the rest of a refused request.
     """
     is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
     most = MOST_BYTES + (MULTIPART_BYTES if is_form else 0)
@@ -139,25 +139,25 @@ async def _first_file(request: Request, body: bytes) -> bytes:
 app = _make_app()
 
 
-# Ray Serve pickles class and routes here: what they call is defined above.
+# Ray Serve pickles the class and its routes here, so all that they call must be defined above.
 @serve.ingress(app)
 class SearchService:
-    """A replica: the model, the index, and the routes."""
+    """A replica: the model, the indexes and the routes."""
 
     def __init__(self, gallery: PreparedGallery, config: SearchConfig) -> None:
         ray_internals.keep_serve_to_loopback()
-        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # whoever sends a bad form is told of it
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the sender of a bad form gets an answer
         self._searcher = Searcher(gallery, config)
         self._kinds: tuple[Kind, ...] = config.kinds
         self._html = _page()[0]
-        # torch and faiss keep their number of threads by the thread that calls them.
+        # torch and faiss set their number of threads per calling thread.
         num_threads = max(1, (os.cpu_count() or 1) // config.replicas)
-        # A core is left to Ray Serve, which else brings the queries one by one.
+        # One core is left to Ray Serve, or queries would arrive one by one.
         self._computing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(max(1, num_threads - 1),))
         self._decoding = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
         blank = torch.zeros((3, *[self._searcher.image_size] * 2), dtype=torch.uint8)
         warm_up = [Query(blank, kind, 1) for kind in config.kinds]
-        self._computing.submit(self._searcher.search, warm_up).result()  # or the first to ask would wait for it
+        self._computing.submit(self._searcher.search, warm_up).result()  # or the first request would wait for it
 
     @app.get("/", response_class=HTMLResponse)
     async def page(self) -> HTMLResponse:
@@ -166,7 +166,7 @@ class SearchService:
 
     @app.get("/health")
     async def health(self) -> dict[str, Any]:
-        """Say what is searched."""
+        """Return what is searched."""
         searcher = self._searcher
         return {
             "status": "ok",
@@ -178,20 +178,20 @@ class SearchService:
 
     @app.get("/sample")
     async def sample(self, n: Annotated[int, Parameter(ge=1, le=MOST_SAMPLED)] = 12) -> list[dict[str, Any]]:
-        """Return some images of the gallery at random."""
+        """Return random images of the gallery."""
         num_images = self._searcher.num_images
         ids = np.random.default_rng().choice(num_images, min(n, num_images), replace=False)
         return [self._described(image_id) for image_id in ids.tolist()]
 
     @app.get("/images/{image_id}")
     async def image(self, image_id: int) -> Response:
-        """Return an image of the gallery as it was found."""
+        """Return a gallery image as it is in the data set."""
         encoded, media_type = await self._stored(image_id)
         return Response(encoded, media_type=media_type)
 
     @app.post("/search")
     async def search(self, request: Request, kind: Kind | None = None, k: Neighbours = 10) -> dict[str, Any]:
-        """Search for the image that the request holds."""
+        """Search for the image in the request."""
         return await self._search(await _read_upload(request), kind, k)
 
     @app.post("/search/{image_id}")
@@ -242,12 +242,12 @@ class SearchService:
 
 
 def run(config: SearchConfig) -> NoReturn:
-    """Embed the gallery, serve it until a signal comes, and end everything in order.
+    """Embed the gallery, serve it until a signal arrives, and shut down in order.
 
     Raises:
-        FileNotFoundError: the checkpoint or the gallery is not there.
-        ValueError: they, the index or the address cannot be used.
-        StoppedError: SIGINT or SIGTERM came, the way that this ends.
+        FileNotFoundError: the checkpoint or the gallery does not exist.
+        ValueError: checkpoint, gallery, index or address cannot be used.
+        StoppedError: on SIGINT or SIGTERM, the normal end.
 
     """
 
@@ -260,7 +260,7 @@ def run(config: SearchConfig) -> NoReturn:
     signal.signal(signal.SIGINT, interrupt)
     try:
         gallery = prepare_gallery(config)
-        signal.signal(signal.SIGTERM, interrupt)  # Ray has put its own in its place
+        signal.signal(signal.SIGTERM, interrupt)  # Ray has replaced it with its own
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(
@@ -271,7 +271,7 @@ def run(config: SearchConfig) -> NoReturn:
             name="search",
             num_replicas=config.replicas,
             max_ongoing_requests=MOST_AT_ONCE,
-            # Threads of torch and of faiss that have nothing to do would take the cores from those that have.
+            # Idle threads of torch and faiss would otherwise spin on cores that busy ones need.
             ray_actor_options={"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}},
         )
         serve.run(deployment.bind(gallery, config), name="search", route_prefix="/", logging_config=quiet)
@@ -279,21 +279,26 @@ def run(config: SearchConfig) -> NoReturn:
         try:
             threading.Event().wait()
         finally:
-            serve.delete("search")  # it answers what it was asked; other services of a cluster go on
+            serve.delete("search")  # after its pending requests; other services on the cluster go on
     except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # until all is ended
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the shutdown is complete
         raise StoppedError(stop.args[0] if stop.args else signal.SIGINT, f"{url} is closed") from None
     finally:
         ray.shutdown()
-    raise AssertionError("nothing but a signal ends the wait")
+    raise AssertionError("only a signal ends the wait")
 
 
 def _check_address(config: SearchConfig) -> None:
-    """Refuse an address that cannot be listened on, before anything is embedded for it."""
+    """Check that the address can be listened on, before the gallery is embedded.
+
+    Raises:
+        ValueError: it cannot.
+
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose server has just ended is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port is free once its server has ended
             probe.bind(address)
     except OSError as error:
         fix = "another --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "an address of this machine"

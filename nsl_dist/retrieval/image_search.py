@@ -1,4 +1,4 @@
-"""A gallery that one process searches for images: opened, embedded, indexed with faiss."""
+"""Search by image within one process: the gallery is opened, embedded and indexed with faiss."""
 
 import io
 import threading
@@ -26,7 +26,7 @@ from nsl_dist.retrieval.faiss_index import build_index
 from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes
 from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, find_checkpoint
 
-MOST_PIXELS = 50_000_000  # of an image that somebody sends
+MOST_PIXELS = 50_000_000  # of a query image
 CACHED_BAGS = 64  # classes whose images are kept in memory
 
 
@@ -38,7 +38,7 @@ class PreparedGallery:
         checkpoint: folder or URI of the model.
         manifest: of the shards that hold the images.
         embeddings: of the split that is searched.
-        approximate: a faiss index of them, built once for all replicas, in Ray's object store. None: exact search.
+        approximate: reference to a faiss index of them, built once for all replicas. None: exact search.
 
     """
 
@@ -49,10 +49,10 @@ class PreparedGallery:
 
 
 def prepare_gallery(config: SearchConfig) -> PreparedGallery:
-    """Open the gallery and embed it, unless that was done before; say what is there.
+    """Open the gallery, embed it unless that was done before, and print what is searched.
 
     Raises:
-        FileNotFoundError: the checkpoint or the gallery is not there.
+        FileNotFoundError: the checkpoint or the gallery does not exist.
         ValueError: checkpoint, gallery or index cannot be used.
 
     """
@@ -77,7 +77,7 @@ def prepare_gallery(config: SearchConfig) -> PreparedGallery:
 
     weights = storage.read_bytes(storage.join(checkpoint, MODEL_FILE))
     out = storage.join(storage_root, "embeddings", embeddings_key(weights, settings, manifest, num_gpus=num_gpus))
-    if split in manifest.evaluation_splits:  # the files of an evaluation, which may be there already
+    if split in manifest.evaluation_splits:  # an evaluation may have written the same files
         sets = embed(weights, settings, manifest, out=out, num_gpus=num_gpus)
     else:
         sets = embed(weights, settings, manifest, out=f"{out}-{split}", num_gpus=num_gpus, splits=(split,))
@@ -90,7 +90,7 @@ def prepare_gallery(config: SearchConfig) -> PreparedGallery:
 
 
 def _find(location: str) -> str:
-    """Return the checkpoint that is meant; unlike an evaluation a search needs nothing of it but the model."""
+    """Return the checkpoint at or below `location`; unlike an evaluation, a search needs only its model."""
     location = storage.absolute(location).rstrip("/")
     return location if storage.exists(storage.join(location, DESCRIPTION_FILE)) else find_checkpoint(location)
 
@@ -117,12 +117,12 @@ def _described(kind: Kind, config: SearchConfig, dim: int) -> str:
 
 @dataclass(frozen=True)
 class Query:
-    """What is searched for.
+    """An image to search for.
 
     Attributes:
         pixels: from `Searcher.pixels`.
-        kind: of the embeddings that are compared.
-        k: neighbours wanted; fewer are found where the gallery has fewer.
+        kind: embeddings to compare.
+        k: neighbours wanted; a smaller gallery returns all it has.
 
     """
 
@@ -133,13 +133,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found.
+    """The neighbours of a query.
 
     Attributes:
-        ids: of the neighbours, nearest first.
+        ids: nearest first.
         scores: cosine similarities, or Hamming distances in bits.
-        embed_seconds: for all queries that were answered together.
-        search_seconds: for all of them, too.
+        embed_seconds: of all queries that were answered together.
+        search_seconds: of all queries that were answered together.
 
     """
 
@@ -150,13 +150,13 @@ class Answer:
 
 
 class Searcher:
-    """The model, the indexes, and the images by id. `search` is for one thread at a time, the rest for many.
+    """The model, the indexes, and the images by id. All methods but `search` are thread-safe.
 
     Attributes:
         class_names: of the gallery, by label.
         num_images: of the gallery.
         dim: of an embedding.
-        image_size: edge of what the model sees of an image, pixels.
+        image_size: edge of the square crop that the model sees, pixels.
 
     """
 
@@ -168,7 +168,7 @@ class Searcher:
         self._split = gallery.manifest.split(embeddings.split)
         self._offsets = self._split.offsets
         self.class_names: list[str] = gallery.manifest.class_ids(embeddings.split).to_pylist()
-        self._reading = threading.Lock()  # two threads that read from one open file end the process
+        self._reading = threading.Lock()  # two threads that read from one open file crash the process
         self._bag = lru_cache(CACHED_BAGS)(lambda label: self._split.read_bag(label, ["image"])["image"])
         self._indexes: dict[Kind, Any] = {}
         ids = range(self.num_images)
@@ -184,15 +184,15 @@ class Searcher:
                 self._indexes["binary"].add(np.ascontiguousarray(codes))
 
     def pixels(self, encoded: bytes) -> torch.Tensor:
-        """Decode an image from outside to what the model sees of it.
+        """Decode an untrusted image to what the model sees of it.
 
         Raises:
-            ValueError: it is no image, or damaged, or would take too much memory.
+            ValueError: it is not an image, is damaged, or would take too much memory.
 
         """
         try:
             height, width = size_of(encoded)
-        except Exception as error:  # whatever a decoder stumbles over in bytes of a stranger
+        except Exception as error:  # a decoder may raise anything on untrusted bytes
             raise ValueError(f"this is no image that can be read: {_line(error)}") from error
         if height * width > MOST_PIXELS:
             raise ValueError(f"{width:,} x {height:,} pixels are too many: {MOST_PIXELS:,} is the most")
@@ -202,7 +202,7 @@ class Searcher:
             raise ValueError(f"the image is damaged: {_line(error)}") from error
 
     def search(self, queries: Sequence[Query]) -> list[Answer]:
-        """Search for several images together, which is quicker than one by one."""
+        """Search for several images together, which is faster than one by one."""
         started = time.perf_counter()
         vectors_QD = self._embedder.embed(torch.stack([query.pixels for query in queries]))
         embedded = time.perf_counter()
@@ -223,17 +223,17 @@ class Searcher:
         self, query: Query, scores: NDArray[Any], ids: NDArray[np.int64], *, seconds: tuple[float, float]
     ) -> Answer:
         scores, ids = scores[: query.k][ids[: query.k] >= 0], ids[: query.k][ids[: query.k] >= 0]
-        # Of an index that knows L2 alone: squared, of unit vectors.
+        # Some indexes only know L2: the squared distance of unit vectors.
         if query.kind == "float" and self._indexes["float"].metric_type == faiss.METRIC_L2:
             scores = 1 - scores / 2
         return Answer(ids.tolist(), scores.tolist(), *seconds)
 
     def class_name(self, image_id: int) -> str:
-        """Return the class of an image of the gallery as the data set names it."""
+        """Return the data set's name of the class of a gallery image."""
         return self.class_names[self._label(image_id)]
 
     def image(self, image_id: int) -> tuple[bytes, str]:
-        """Return an image of the gallery as it was found, and its media type.
+        """Return a gallery image, encoded as in the data set, and its media type.
 
         Raises:
             KeyError: the gallery has no such image.
@@ -255,11 +255,11 @@ def _line(error: Exception) -> str:
 
 
 def print_neighbours(config: SearchConfig) -> None:
-    """Print a table of the neighbours of each of `config.query`.
+    """Print a table of neighbours for each image of `config.query`.
 
     Raises:
-        FileNotFoundError: a file, the checkpoint or the gallery is not there.
-        ValueError: a file is no image; or see `prepare_gallery`.
+        FileNotFoundError: a file, the checkpoint or the gallery does not exist.
+        ValueError: a file is not an image; or see `prepare_gallery`.
 
     """
     contents = {name: storage.read_bytes(name) for name in config.query}

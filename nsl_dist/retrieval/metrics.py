@@ -13,12 +13,12 @@ NUM_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Ranks:
-    """What each query found; one number of each for each query.
+    """How well each query was answered, one value per query.
 
     Attributes:
-        first_match: rank, from 0, of the first neighbour of the same class; K where there is none.
-        r_precision: share of the same class among the first R, R being all that the gallery has of it.
-        average_precision_at_r: mean over those first R places of the precision up to each that holds the same class.
+        first_match: rank of the first neighbour of the same class, from 0; K if there is none.
+        r_precision: share of the first R neighbours that are of the query's class, R being its images in the gallery.
+        average_precision_at_r: precision at each match among the first R neighbours, summed and divided by R.
 
     """
 
@@ -33,16 +33,16 @@ def rank(
     gallery_labels: NDArray[np.int64],
     num_relevant_Q: NDArray[np.int64],
 ) -> Ranks:
-    """Judge the neighbours of some queries.
+    """Judge the neighbours of queries.
 
     R-precision and MAP@R are those of "A Metric Learning Reality Check" (Musgrave et al. 2020), section 3.2. A query
     whose class the gallery lacks (R = 0) is a miss in all of them, as in the evaluation of the paper's authors.
 
     Args:
-        neighbour_ids_QK: places in the gallery, the query itself left out; -1 where there are fewer than K.
+        neighbour_ids_QK: ids in the gallery, without the query itself; -1 where there are fewer than K.
         query_labels_Q: classes of the queries.
         gallery_labels: classes of the gallery, by id.
-        num_relevant_Q: R, images of the query's class in the gallery, the query itself left out.
+        num_relevant_Q: R, the images of the query's class in the gallery, without the query itself.
 
     """
     matches_QK = (gallery_labels[neighbour_ids_QK] == query_labels_Q[:, None]) & (neighbour_ids_QK >= 0)
@@ -70,11 +70,11 @@ class Classes:
 
 @dataclass(frozen=True)
 class Judge:
-    """What a block of neighbours is boiled down to, where it was found.
+    """Turns the neighbours of a block of queries into ranks, which are small enough to send.
 
     Attributes:
         classes: of all queries and of the gallery.
-        num_relevant: images of each query's class in the gallery, the query itself left out.
+        num_relevant: images of each query's class in the gallery, without the query itself.
 
     """
 
@@ -88,7 +88,7 @@ class Judge:
 
 
 def join(parts: list[Ranks]) -> Ranks:
-    """Return the ranks of the blocks as one."""
+    """Concatenate the ranks of blocks."""
     return Ranks(
         first_match=np.concatenate([part.first_match for part in parts]),
         r_precision=np.concatenate([part.r_precision for part in parts]),
@@ -102,13 +102,16 @@ def recall_at_k(first_match_Q: NDArray[np.int64], k: int) -> float:
 
 
 def bootstrap_intervals(values_QM: NDArray[np.float64], labels_Q: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return 95% percentile intervals of the means of some metrics, `[M, 2]`.
+    """Return 95% percentile intervals of the means of metrics, `[M, 2]`.
 
-    Classes are resampled, not queries: those of a class look for each other and rise and fall together.
+    Classes are resampled, not queries: queries of a class are each other's matches, so their metrics are correlated.
 
     Args:
-        values_QM: the metrics of each query.
+        values_QM: metrics of each query.
         labels_Q: classes of the queries.
+
+    Raises:
+        ValueError: there are fewer than two classes.
 
     """
     from scipy.stats import bootstrap

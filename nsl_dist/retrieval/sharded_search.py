@@ -111,7 +111,7 @@ def open_gallery(
     try:
         while True:
             shards, cuts, hosts = _start_shards(embeddings, kinds, config, num_gpus=gpus)
-            leaders = _start_leaders(hosts)
+            leaders = _start_leaders(hosts[: len(shards)])
             try:
                 block_sizes = cluster.get([shard.load.remote() for shard in shards])
                 break
@@ -135,13 +135,13 @@ def open_gallery(
 def _start_shards(
     embeddings: EmbeddingSet, kinds: tuple[Kind, ...], config: EvalConfig, *, num_gpus: int
 ) -> tuple[list[Any], list[int], list[str]]:
-    """Return actors on the nodes that are there now, the cuts between their shards, and the ids of their nodes."""
+    """Return actors on the nodes that are there now, the cuts between their shards, and the ids of these nodes."""
     nodes = cluster.live_nodes()
     nodes = [node for node in nodes if node["Resources"].get("CPU")] or nodes  # a cluster's head has none
     num_shards = min(config.num_shards or num_gpus or len(nodes), embeddings.num_vectors)
     num_gpus = min(num_gpus, num_shards)
     cuts = np.linspace(0, embeddings.num_vectors, num_shards + 1).astype(int).tolist()
-    hosts = [node["NodeID"] for node in nodes if node["Resources"].get("GPU") or not num_gpus][:num_shards]
+    hosts = [node["NodeID"] for node in nodes if node["Resources"].get("GPU") or not num_gpus]
     shards_on_a_node = -(-num_shards // max(1, len(hosts)))
     actor = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(GalleryShard)
     shards = [

@@ -1,7 +1,7 @@
 """Embeddings on disk: Parquet files of consecutive ids, float vectors and binary codes, readable by range.
 
-A folder holds the embeddings of one model on one data set: files of about equal size for each split, and, written last,
-`embeddings.json`, which lists them.
+A folder holds the embeddings of one model on one data set: files of about equal size for each split, and
+`embeddings.json`, which lists them and is written last.
 """
 
 import functools
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from nsl_dist import storage
 
-_READING = threading.Lock()  # two threads that read from one open file end the process
-ROW_GROUP_BYTES = 4 * 2**20  # what a reader of a range holds beside it
+_READING = threading.Lock()  # two threads that read from one open file crash the process
+ROW_GROUP_BYTES = 4 * 2**20  # memory that a reader of a range needs beside the range
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class EmbeddingSet:
     """The embeddings of one split, ids from 0 in the order of its classes.
 
     Attributes:
-        location: the folder.
-        split: the split's name.
+        location: folder or URI.
+        split: name of the split.
         dim: dimensions of a vector.
-        files: of the split, in order of id.
+        files: names, in order of id.
         counts: vectors in each file.
 
     """
@@ -53,11 +53,11 @@ class EmbeddingSet:
         return -(-self.dim // 8)
 
     def read(self, column: str, ids: range) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Read some of one column, a row group at a time.
+        """Read a range of one column, a row group at a time.
 
         Args:
             column: "id", "label", "vector" or "code".
-            ids: which rows, in steps of 1.
+            ids: rows, in steps of 1.
 
         Yields:
             The id of the first row and the rows: int64 `[n]`, float32 `[n, dim]` or uint8 `[n, code_bytes]`.
@@ -79,7 +79,7 @@ class EmbeddingSet:
             first += count
 
     def read_all(self, column: str, ids: range) -> NDArray[Any]:
-        """Read some of one column into one array (see `read`)."""
+        """Read a range of one column into one array (see `read`)."""
         return np.concatenate([rows for _, rows in self.read(column, ids)])
 
 
@@ -97,7 +97,7 @@ def write_file(
         location: file or URI.
         split: name of the split.
         ids: consecutive.
-        labels: class of each.
+        labels: classes, in the order of the ids.
         vectors: `[len(ids), dim]`.
 
     """
@@ -115,7 +115,7 @@ def write_file(
         pa.table(columns),
         content,
         row_group_size=max(1, ROW_GROUP_BYTES // (4 * dim)),
-        compression="none",  # random bits
+        compression="none",  # embeddings hardly compress
         use_dictionary=["split"],
         write_statistics=["id"],
     )
@@ -123,13 +123,13 @@ def write_file(
 
 
 def write_index(location: str, sets: list[EmbeddingSet]) -> None:
-    """Declare a folder complete."""
+    """Write `embeddings.json`, which marks a folder as complete."""
     content = {each.split: {name: value for name, value in asdict(each).items() if name != "location"} for each in sets}
     storage.write_bytes(storage.join(location, "embeddings.json"), json.dumps(content, indent=1).encode())
 
 
 def load_index(location: str) -> dict[str, EmbeddingSet]:
-    """Return the embeddings of a complete folder by split.
+    """Return the embeddings in a complete folder, by split.
 
     Raises:
         FileNotFoundError: the folder is not complete.
@@ -155,7 +155,7 @@ def _open(location: str) -> pq.ParquetFile:
 
 
 def _as_numpy(column: pa.Array) -> NDArray[Any]:
-    """Return a view; pyarrow's own `to_numpy` would import pandas, for seconds in every process."""
+    """Return a view; pyarrow's own `to_numpy` would import pandas, which takes seconds in every process."""
     if pa.types.is_fixed_size_list(column.type):
         return np.from_dlpack(column.flatten()).reshape(len(column), column.type.list_size)
     if pa.types.is_fixed_size_binary(column.type):
