@@ -5,9 +5,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cattrs.errors import CattrsError
-from cattrs.preconf.json import make_converter
-
 MOST_NEIGHBOURS = 1000  # of one query to jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 
@@ -437,9 +434,6 @@ class TrainConfig:
         return int(low), int(high or low)
 
 
-_FROM_JSON = make_converter(forbid_extra_keys=True, detailed_validation=False)
-
-
 def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
     """Return the configuration that `dataclasses.asdict` turned into `fields`, after a trip through JSON too.
 
@@ -448,8 +442,13 @@ def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
             range.
 
     """
+    # Not above: a model in MLflow's registry loads this module, and is spared the package.
+    from cattrs.errors import CattrsError
+    from cattrs.preconf.json import make_converter
+
+    converter = make_converter(forbid_extra_keys=True, detailed_validation=False)
     try:
-        return _FROM_JSON.structure(fields, TrainConfig)
+        return converter.structure(fields, TrainConfig)
     except (CattrsError, TypeError) as error:
         raise ValueError(f"{location} is of another release of nsl_dist: {error}") from error
 
