@@ -5,9 +5,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cattrs.errors import CattrsError
-from cattrs.preconf.json import make_converter
-
 MOST_NEIGHBOURS = 1000  # per query in jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 Kind = Literal["float", "binary"]  # of embeddings: unit vectors, or the signs of their coordinates
@@ -445,9 +442,6 @@ class TrainConfig:
         return int(low), int(high or low)
 
 
-_FROM_JSON = make_converter(forbid_extra_keys=True, detailed_validation=False)
-
-
 def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
     """Rebuild a configuration from the output of `dataclasses.asdict`, also after a round trip through JSON.
 
@@ -455,8 +449,13 @@ def config_from_dict(fields: dict[str, Any], *, location: str) -> TrainConfig:
         ValueError: the file at `location` was written by another release, or a value is out of range.
 
     """
+    # Not above: a model in MLflow's registry loads this module, and is spared the package.
+    from cattrs.errors import CattrsError
+    from cattrs.preconf.json import make_converter
+
+    converter = make_converter(forbid_extra_keys=True, detailed_validation=False)
     try:
-        return _FROM_JSON.structure(fields, TrainConfig)
+        return converter.structure(fields, TrainConfig)
     except (CattrsError, TypeError) as error:
         raise ValueError(f"{location} is of another release of nsl_dist: {error}") from error
 
