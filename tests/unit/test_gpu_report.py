@@ -10,7 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_report import TINY, Machine, Row, Sizes, measure, outcome_of_tests, row, written
+from gpu_report import (
+    TINY,
+    Machine,
+    Part,
+    Row,
+    Sizes,
+    decoding,
+    measure,
+    outcome_of_tests,
+    proxies_on_host,
+    row,
+    searching,
+    steps,
+    written,
+)
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine("cpu", copy=1e9, float32_products=1e9, bfloat16_products=None, to_device=None)
@@ -34,12 +48,28 @@ def bad(machine: Machine, sizes: Sizes) -> list[Row]:
 
 
 def endless(machine: Machine, sizes: Sizes) -> list[Row]:
-    subprocess.run(["sleep", "3600"], check=True)
+    time.sleep(3600)
     return []
+
+
+def leaves_a_process(machine: Machine, sizes: Sizes) -> list[Row]:
+    return [row("process", [1.0], on="cpu", count=subprocess.Popen(["sleep", "3600"]).pid, unit="pid")]
 
 
 def killed(machine: Machine, sizes: Sizes) -> list[Row]:
     os.abort()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "bench" / "gpu_report.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_row_has_the_median_the_floor_and_the_rate() -> None:
@@ -84,49 +114,45 @@ def test_a_part_that_fails_is_reported() -> None:
     assert measure(good, MACHINE, TINY, limit=None) == good(MACHINE, TINY)
     assert measure(bad, MACHINE, TINY, limit=None) == "RuntimeError: no kernel for cpu"
     assert measure(killed, MACHINE, TINY, limit=None) == "ended with exit code -6"
-    started = time.monotonic()
     assert measure(endless, MACHINE, TINY, limit=1) == "took longer than 1 s"
-    assert time.monotonic() - started < 3600
+    rows = measure(leaves_a_process, MACHINE, TINY, limit=None)
+    assert not isinstance(rows, str)
+    while is_running(int(rows[0].per_second)):
+        time.sleep(0.1)  # it is being killed
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (proxies_on_host, ["proxy step, 200 of 2,000 x 16, host", "proxy step, 100 of 2,000 x 16, host"]),
+        (steps, [f"resnet18 step, batch 10, {each} nhwc" for each in ("plain bf16", "ours bf16", "ours float32")]),
+        (decoding, ["decode, one core, 4 JPEGs of 64 px"]),
+        (searching, ["search, 20 nearest of 500 x 16"]),
+    ],
+)
+def test_parts_on_cpus(part: Part, expected: list[str]) -> None:
+    rows = part(MACHINE, TINY)
+    assert [each.what for each in rows] == expected
+    for each in rows:
+        assert 0 < each.ms_min <= each.ms <= each.ms_max
+        assert each.per_second > 0
 
 
 @pytest.mark.slow
 def test_the_job_on_cpus(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, str(ROOT / "jobs" / "bench" / "gpu_report.py"), "--tiny", "--json"]
-    command += ["--report", str(report), "--commit", "abc", "--tests", str(tmp_path / "none.xml")]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    result = job("--tiny", "--json", "--parts", "decoding", f"--report={report}", "--commit=abc", "--tests=none.xml")
     assert result.returncode == 1, result.stderr  # there are no tests
     content = json.loads(report.read_text())
     assert json.loads(result.stdout) == content
     assert content["failed_parts"] == {}
     assert "did not come to an end" in content["tests"]["error"]
     assert (content["commit"], content["rates"]["device"]) == ("abc", "cpu")
-    assert [each["what"] for each in content["rows"]] == [
-        "proxy step, 200 of 2,000 x 16, device",
-        "proxy step, 100 of 2,000 x 16, device",
-        "proxy step, 200 of 2,000 x 16, host",
-        "proxy step, 100 of 2,000 x 16, host",
-        "resnet18 step, batch 10, plain bf16 nhwc",
-        "resnet18 step, batch 10, ours bf16 nhwc",
-        "resnet18 step, batch 10, ours float32 nhwc",
-        "decode, one core, 4 JPEGs of 64 px",
-        "search, 20 nearest of 500 x 16",
-    ]
-    for each in content["rows"]:
-        assert 0 < each["ms_min"] <= each["ms"] <= each["ms_max"]
-        assert each["per_second"] > 0
+    assert [each["what"] for each in content["rows"]] == ["decode, one core, 4 JPEGs of 64 px"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_the_job_says_so(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "jobs" / "bench" / "gpu_report.py"),
-        "--report",
-        str(tmp_path / "report.json"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = job(f"--report={tmp_path / 'report.json'}")
     assert (result.returncode, result.stderr) == (2, "error: no CUDA device here; --tiny tries the job out on CPUs\n")
     assert not list(tmp_path.iterdir())
