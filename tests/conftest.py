@@ -13,7 +13,7 @@ import pytest
 
 import nsl_dist  # noqa: F401  # before Ray is imported, which then stays on loopback
 from tests.support.images import write_sop
-from tests.support.processes import ROOT
+from tests.support.processes import PATIENT_RAY, ROOT
 
 if TYPE_CHECKING:
     from selenium import webdriver
@@ -29,6 +29,7 @@ GROUPS = {"service": "service", "cluster": "ray", "trained": "ray", "local": "lo
 INSIDE = "NSL_TEST_IN_OWN_PROCESS"
 # Threads of torch wait for each other by spinning: on a busy machine most of the time goes there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= PATIENT_RAY  # read when Ray is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
