@@ -13,7 +13,7 @@ import pytest
 
 from nsl_dist.ray_internals import LOCAL_ENVIRONMENT
 from tests.support.images import write_sop
-from tests.support.processes import ROOT
+from tests.support.processes import PATIENT_RAY, ROOT
 
 os.environ |= LOCAL_ENVIRONMENT  # of every Ray that a test starts itself; Ray reads it when it is imported
 
@@ -31,6 +31,7 @@ GROUPS = {"service": "service", "cluster": "ray", "trained": "ray", "local": "lo
 INSIDE = "NSL_TEST_IN_OWN_PROCESS"
 # Threads of torch wait for each other by spinning: on a busy machine most of the time goes there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= PATIENT_RAY  # read when Ray is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

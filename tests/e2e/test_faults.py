@@ -184,7 +184,7 @@ def test_lasting_errors_end_the_run_at_once(tmp_path: Path, capfd: pytest.Captur
         run_name="faults",
         max_failures=1,
         data=DataConfig(root=str(root), batch_size=10, images_per_class=2, image_size=32),
-        model=ModelConfig(dim=16),
+        model=ModelConfig(backbone="timm/test_resnet", dim=16),
         optim=OptimConfig(epochs=8, lr=1e18, warmup_steps=0),
     )
     with pytest.raises(TrainingError, match=f"shard .*{split.shard_names[0]}"):

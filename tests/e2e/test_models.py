@@ -130,7 +130,7 @@ def test_registered_model_loads_with_its_own_requirements_alone(
     registered: str, embedder: Embedder, images: list[str], tmp_path: Path
 ) -> None:
     requirements = mlflow.pyfunc.get_model_dependencies(registered)
-    for command in (["venv", "--quiet", tmp_path], ["pip", "install", "--quiet", "-r", requirements]):
+    for command in (["venv", "--quiet", str(tmp_path)], ["pip", "install", "--quiet", "-r", requirements]):
         environment = os.environ | {"VIRTUAL_ENV": str(tmp_path)}
         done = subprocess.run([BIN / "uv", *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

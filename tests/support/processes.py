@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"
 BIN = Path(sys.executable).parent
 PATIENCE = 300.0  # seconds after which what is waited for is taken to hang, however busy the machine is
+PATIENT_RAY = {
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{PATIENCE:.0f}", "RAY_gcs_server_request_timeout_seconds": f"{PATIENCE:.0f}",
+}  # fmt: skip
 
 
 def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
@@ -27,7 +30,7 @@ def job(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
 def user_environment(home: Path) -> dict[str, str]:
     """The environment of a user without any Ray and without GPUs, whose home is `home`."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return outside | {"HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
+    return outside | PATIENT_RAY | {"HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(command: list[str], environment: dict[str, str], *, timeout: float = 900) -> tuple[int, str]:
