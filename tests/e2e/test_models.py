@@ -118,8 +118,8 @@ def test_mlflow_predicts_from_its_command_line(
     encoded = [base64.b64encode(Path(path).read_bytes()).decode() for path in images[:2]]
     asked = tmp_path / "asked.json"
     asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[each] for each in encoded]}}))
-    command = [f"{BIN}/mlflow", "models", "predict", "-m", registered, "-i", asked, "--env-manager", "local"]
-    done = subprocess.run([*command, "-o", tmp_path / "found.json"], cwd=tmp_path, capture_output=True, text=True)
+    command = [f"{BIN}/mlflow", "models", "predict", "-m", registered, "-i", str(asked), "--env-manager=local"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "found.json")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["predictions"]
     np.testing.assert_allclose(found, embedder(images[:2]), atol=1e-5)
@@ -129,7 +129,8 @@ def test_registered_model_loads_with_its_own_requirements_alone(
     registered: str, embedder: Embedder, images: list[str], tmp_path: Path
 ) -> None:
     requirements = mlflow.pyfunc.get_model_dependencies(registered)
-    for command in (["venv", "--quiet", str(tmp_path)], ["pip", "install", "--quiet", "-r", requirements]):
+    commands: list[list[str]] = [["venv", "--quiet", str(tmp_path)], ["pip", "install", "--quiet", "-r", requirements]]
+    for command in commands:
         environment = os.environ | {"VIRTUAL_ENV": str(tmp_path)}
         done = subprocess.run([BIN / "uv", *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
