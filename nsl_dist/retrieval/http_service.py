@@ -30,6 +30,7 @@ from ray import serve
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nsl_dist import ray_internals
@@ -90,6 +91,10 @@ def _make_app() -> FastAPI:
     @app.exception_handler(StarletteHTTPException)
     def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    def left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # to nobody; else the log would have a stack trace of each who hangs up
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,7 +1,6 @@
 """The trained model as others use it: from MLflow's registry, through its command line, without Ray; as ONNX."""
 
 import base64
-import dataclasses
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from nsl_dist.data.transforms import decode, eval_transform
 from nsl_dist.embedder import Embedder, describe, load_embedder, weights_of
 from nsl_dist.model import build_model
 from nsl_dist.retrieval.vector_files import pack_codes
-from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE, CheckpointRecord
+from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE
 from nsl_dist.tracking.tracker import Tracker
 from tests.support.images import write_folders
 from tests.support.processes import BIN, job
@@ -47,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in (
         (f"best/{MODEL_FILE}", weights_of(model.state_dict())),
         (f"best/{DESCRIPTION_FILE}", describe(CONFIG)),
-        (f"best/{RUN_FILE}", CheckpointRecord(7, 10, 1, "d" * 64, dataclasses.asdict(CONFIG)).to_json()),
+        (f"best/{RUN_FILE}", json.dumps({"step": 7}).encode()),
         (MLFLOW_ID_FILE, tracker.run_id.encode()),
     ):
         storage.write_bytes(str(run_dir / name), content)
@@ -119,7 +118,7 @@ def test_mlflow_predicts_from_its_command_line(
     encoded = [base64.b64encode(Path(path).read_bytes()).decode() for path in images[:2]]
     asked = tmp_path / "asked.json"
     asked.write_text(json.dumps({"dataframe_split": {"columns": ["image"], "data": [[each] for each in encoded]}}))
-    command = [f"{BIN}/mlflow", "models", "predict", "-m", registered, "-i", str(asked), "--env-manager", "local"]
+    command = [f"{BIN}/mlflow", "models", "predict", "-m", registered, "-i", str(asked), "--env-manager=local"]
     done = subprocess.run([*command, "-o", str(tmp_path / "found.json")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["predictions"]
@@ -130,7 +129,8 @@ def test_registered_model_loads_with_its_own_requirements_alone(
     registered: str, embedder: Embedder, images: list[str], tmp_path: Path
 ) -> None:
     requirements = mlflow.pyfunc.get_model_dependencies(registered)
-    for command in (["venv", "--quiet", str(tmp_path)], ["pip", "install", "--quiet", "-r", requirements]):
+    commands: list[list[str]] = [["venv", "--quiet", str(tmp_path)], ["pip", "install", "--quiet", "-r", requirements]]
+    for command in commands:
         environment = os.environ | {"VIRTUAL_ENV": str(tmp_path)}
         done = subprocess.run([BIN / "uv", *command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

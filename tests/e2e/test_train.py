@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from selenium import webdriver
 
+from nsl_dist import cluster
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.embedder import load_embedder
 from nsl_dist.training.preflight import check_model
@@ -176,7 +177,10 @@ def test_a_batch_of_more_classes_than_there_are_ends_the_job(
     ],
     ids=["workers", "device", "gpus", "batch-norm"],
 )
-def test_what_the_cluster_cannot_give_is_refused(config: TrainConfig, message: str) -> None:
+def test_what_the_cluster_cannot_give_is_refused(
+    config: TrainConfig, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ROOM_SECONDS", 1.0)
     with pytest.raises(ValueError, match=message):
         _settle(config)
 

@@ -80,4 +80,4 @@ def started_service(root: Path) -> Iterator[Service]:
             process.kill()
     assert process.returncode == 130, log.read_text()  # Ctrl-C ends it in order
     assert log.read_text().endswith(f"http://127.0.0.1:{port} is closed\n")
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()

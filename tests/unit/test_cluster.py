@@ -13,7 +13,8 @@ from nsl_dist.cluster import import_whole
 def test_a_cancelled_import_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that Ray cancels leaves the process to others, and to them a whole torch."""
     (tmp_path / "takes_long.py").write_text(
-        "import os, signal, time\ntime.sleep(0.5)\nos.kill(os.getpid(), signal.SIGALRM)\ntime.sleep(0.5)\nwhole = True\n"
+        "import os, signal, time\ntime.sleep(0.5)\n"
+        "os.kill(os.getpid(), signal.SIGALRM)\ntime.sleep(0.5)\nwhole = True\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
