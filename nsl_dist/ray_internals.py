@@ -11,7 +11,6 @@ import os
 import random
 import re
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +129,6 @@ def spend_actor_warning() -> None:
     nowhere = NodeAffinitySchedulingStrategy(NO_NODE, soft=False)
     actor = ray.remote(max_restarts=1, num_cpus=0, scheduling_strategy=nowhere)(_Nothing)
     argument = ray.put(None)
-    sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as heard:
         os.dup2(heard.fileno(), 2)
