@@ -64,12 +64,12 @@ def quiet_ray_data() -> None:
 
 
 def prefer_cpu_nodes() -> dict[str, Any]:
-    """Return options that keep Ray Data's tasks away from the nodes with GPUs of today while others have room."""
-    nodes = live_nodes()
+    """Return options that keep Ray Data's tasks away from the present nodes with GPUs while others have room."""
+    nodes = [node for node in live_nodes() if node["Resources"].get("CPU")]
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
-    if not with_gpus or len(with_gpus) == sum("CPU" in node["Resources"] for node in nodes):
+    if not with_gpus or len(with_gpus) == len(nodes):
         return {}
-    # Not by ray.io/accelerator-type, which lacks where Ray was told the number of GPUs, and has no "none".
+    # Not by ray.io/accelerator-type: no selector matches nodes that lack it, as those do whose GPUs Ray is told of.
     return {
         "label_selector": {"ray.io/node-id": f"!in({','.join(with_gpus)})"},
         "fallback_strategy": [{"label_selector": {}}],
@@ -146,13 +146,12 @@ def settle_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cud
 
 def _can_add(bundle: dict[str, float]) -> bool:
     """Return whether the autoscaler of a cluster says that it can make room for `bundle`; it may start a node."""
-    if "RAY_ADDRESS" not in os.environ or not ray_internals.cluster_status().autoscaling_state.autoscaler_state_version:
+    status = ray_internals.cluster_status()
+    if "RAY_ADDRESS" not in os.environ or not status.autoscaling_state.autoscaler_state_version:
         return False  # there is none
     with _reserving([bundle]) as group:
-        asked_at, deadline = (
-            ray_internals.cluster_status().cluster_resource_state.cluster_resource_state_version,
-            time.monotonic() + 60,
-        )
+        asked_at = ray_internals.cluster_status().cluster_resource_state.cluster_resource_state_version
+        deadline = time.monotonic() + 60
         while not group.wait(POLL_SECONDS):
             state = ray_internals.cluster_status().autoscaling_state
             if state.last_seen_cluster_resource_state_version > asked_at:

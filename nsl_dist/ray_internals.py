@@ -11,7 +11,6 @@ import os
 import random
 import re
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -85,23 +84,27 @@ def _free_port() -> int:
 def drop_noise() -> None:
     """Drop single lines of Ray's own from what this process prints: see `NOISE`; events of the autoscaler, too.
 
-    Ray prints what its other processes wrote by handlers that it keeps to itself; its public settings show all of it or
-    nothing (`log_to_driver`), or change how it is written, not which of it. Loggers are those of single modules.
+    Ray prints what other processes wrote by a function of its own; its public settings show all of that or nothing
+    (`log_to_driver`), or change how it looks. The loggers are those of single modules.
 
     Can go when these lines do: ray-project/ray#53727 for the actors, `RAY_enable_infeasible_task_early_exit` as the
     default for the infeasible requests.
     """
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+    from ray._private import worker
 
-    def drop(data: dict[str, Any]) -> None:
-        of_autoscaler = data.get("pid") == "autoscaler"
-        data["lines"] = [line for line in data.get("lines", ()) if not of_autoscaler and not NOISE.search(line)]
+    show = worker.print_worker_logs
+    if show.__module__ != __name__:
 
-    name = "nsl_dist"
-    dispatcher.remove_handler(name)
-    dispatcher.handlers.insert(0, (name, drop))  # before the one that prints
-    for logger, start in NOISY_LOGGERS.items():
-        _Without.of(logging.getLogger(logger), start)
+        def show_without_noise(data: dict[str, Any], *arguments: Any, **settings: Any) -> None:
+            lines = [line for line in data.get("lines", ()) if not NOISE.search(line)]
+            if lines and data.get("pid") != "autoscaler":
+                show(data | {"lines": lines}, *arguments, **settings)
+
+        worker.print_worker_logs = show_without_noise
+    for name, start in NOISY_LOGGERS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _Without) for each in logger.filters):
+            logger.addFilter(_Without(start))
 
 
 class _Without(logging.Filter):
@@ -109,11 +112,6 @@ class _Without(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self.name)
-
-    @classmethod
-    def of(cls, logger: logging.Logger, start: str) -> None:
-        if not any(isinstance(each, cls) and each.name == start for each in logger.filters):
-            logger.addFilter(cls(start))
 
 
 def spend_actor_warning() -> None:
@@ -131,7 +129,6 @@ def spend_actor_warning() -> None:
     nowhere = NodeAffinitySchedulingStrategy(NO_NODE, soft=False)
     actor = ray.remote(max_restarts=1, num_cpus=0, scheduling_strategy=nowhere)(_Nothing)
     argument = ray.put(None)
-    sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as heard:
         os.dup2(heard.fileno(), 2)
