@@ -289,7 +289,12 @@ def test_the_autoscaler_says_what_it_refuses() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_rows_of_a_table_become_blocks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    put, num_puts = ray.put, []
+    put = ray.put
+    puts: list[Any] = []
+
+    def counted(value: Any, **options: Any) -> Any:
+        puts.append(value)
+        return put(value, **options)
 
     def count(rows: dict[str, Any]) -> dict[str, Any]:
         return {"turn": rows["turn"], "rows": [len(rows["turn"])]}
@@ -298,9 +303,9 @@ def test_rows_of_a_table_become_blocks_in_order(monkeypatch: pytest.MonkeyPatch)
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         table = pa.table({"turn": range(3_000)})
-        monkeypatch.setattr(ray, "put", lambda *value, **options: num_puts.append(1) or put(*value, **options))
+        monkeypatch.setattr(ray, "put", counted)
         assert ray_internals.dataset_of_rows(table, context).take(1) == [{"turn": 0}]
-        assert 1 <= len(num_puts) < 100  # not one for each row, which of 30,000 would take a minute
+        assert 1 <= len(puts) < 100  # not one for each row, which of 30,000 would take a minute
         blocks = ray_internals.dataset_of_rows(table.slice(10, 5), context).map_batches(count, batch_size=None)
         assert blocks.take_all() == [{"turn": turn, "rows": 1} for turn in range(10, 15)]
 
