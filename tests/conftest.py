@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.support.trained_run import TrainedRun
 
 # By fixture, the group of tests that one worker of pytest-xdist runs, so that only that one makes the fixture.
-GROUPS = {"service": "service", "cluster": "ray", "trained": "ray", "local": "local"}
+GROUPS = {"trained": "trained", "service": "service", "local": "local", "cluster": "cluster"}
 INSIDE = "NSL_TEST_IN_OWN_PROCESS"
 # Threads of torch wait for each other by spinning: on a busy machine most of the time goes there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -31,7 +31,7 @@ def test_results(trained: TrainedRun) -> None:
             assert shares[-1] == 40 / 41  # the class with one image can only miss
     assert (results["num_queries"], results["num_classes"], results["num_queries_without_match"]) == (41, 9, 1)
     assert results["steps"] == 2 * (140 // 20)
-    assert set(results["seconds"]) == {"setup", "train", "evaluate"}
+    assert set(results["seconds"]) == {"setup", "untrained", "train", "evaluate"}
     assert set(results["nmi"]) == {"float", "binary"}
     assert results["train_images_per_second"] > 0
 
