@@ -18,6 +18,7 @@ from nsl_dist import ray_internals
 from nsl_dist.progress import duration
 
 OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
+START_ATTEMPTS = 4  # of a local Ray
 ROOM_SECONDS = 5.0  # in which Ray finds room that is there
 POLL_SECONDS = 0.5
 SHOW_SECONDS = 10.0
@@ -42,15 +43,27 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
         # The environment of its processes is the cluster's. Some of Ray Train's look for one, and may find another.
         ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT | {"RAY_ADDRESS": address}}, **settings)
     else:
-        with ray_internals.local_ray_environment():
-            ray.init(
-                address="local",
-                num_cpus=max(num_cpus, os.cpu_count() or 1),
-                include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
-                object_store_memory=OBJECT_STORE_BYTES,
-                **settings,
-            )
+        _start_local(
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
+            object_store_memory=OBJECT_STORE_BYTES,
+            **settings,
+        )
     ray_internals.spend_actor_warning()
+
+
+def _start_local(**settings: Any) -> None:
+    """Start Ray on this machine; again where a busy machine does not start it within the 30 s that Ray allows."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with ray_internals.local_ray_environment():
+                ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray has no class for it
+            if "timed out" not in str(error) or attempt == START_ATTEMPTS:
+                raise
+            print(f"Ray did not start in time on this busy machine; trying again ({error})", flush=True)
+            ray.shutdown()
 
 
 def quiet_ray_data() -> None:

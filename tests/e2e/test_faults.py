@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -202,9 +203,8 @@ def test_lasting_errors_end_the_run_at_once(tmp_path: Path, capfd: pytest.Captur
     ]
 
 
-def test_a_damaged_shard_is_named(tmp_path: Path, cluster: None) -> None:
-    root = write_sop(tmp_path / "raw", SIZES)
-    manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
+def test_a_damaged_shard_is_named(tmp_path: Path, shards: Manifest) -> None:
+    manifest = load_manifest(str(shutil.copytree(shards.root, tmp_path / "shards")))
     split = manifest.split("train")
     path = Path(manifest.root) / split.shard_names[0]
     content = bytearray(path.read_bytes())
@@ -243,15 +243,13 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
         refuse_to_change(config)
 
 
-def test_other_data_is_refused(tmp_path: Path, cluster: None) -> None:
+def test_other_data_is_refused(tmp_path: Path, shards: Manifest) -> None:
     config = TrainConfig(storage=str(tmp_path), run_name="x", num_workers=1)
-    root = write_sop(tmp_path / "raw", SIZES)
-    manifest = open_data(str(root), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
     folder, tracker = RunFolder.of(config), Tracker(None, storage_root=str(tmp_path))
-    first = begin(config, folder, manifest, tracker)
-    assert begin(config, folder, manifest, tracker) == first
+    first = begin(config, folder, shards, tracker)
+    assert begin(config, folder, shards, tracker) == first
     with pytest.raises(ValueError, match=r"with data of digest .*, .* has fffff; give the same --data.root"):
-        begin(config, folder, dataclasses.replace(manifest, digest="fffff"), tracker)
+        begin(config, folder, dataclasses.replace(shards, digest="fffff"), tracker)
 
 
 def test_a_damaged_record_of_ray_train_is_dropped(tmp_path: Path) -> None:
