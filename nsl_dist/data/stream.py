@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +19,14 @@ from nsl_dist.data.shards import DamagedShardError, Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-# torch takes seconds to import: only the tasks that decode do, not the coordinator of the split.
+# torch takes seconds to import: only the tasks that decode import it, not the coordinator of the split.
 
-BLOCKS_AHEAD = 16  # that may wait in the object store, for each worker
-MOST_STEPS = 32  # of a block, all of which the first step waits for
-BLOCK_BYTES = 24 * 2**20  # of a worker's parts of small batches, made by one task: each costs time to schedule
-TASK_CPUS = 0.5  # two share a core: one has work for it while the other ends, or waits to be given the next
-COMPLETION_SECONDS = 0.03  # in which Ray Data sees that a task is done
-IDLE_SECONDS = 0.25  # in which it looks again where batches wait for the trainers
+BLOCKS_AHEAD = 16  # per worker, that may wait in the object store
+MOST_STEPS = 32  # per block; the first step waits for all of them
+BLOCK_BYTES = 24 * 2**20  # at most, where several small batches make a block: each task costs time to schedule
+TASK_CPUS = 0.5  # two share a core: one has work while the other ends or waits for its next block
+COMPLETION_SECONDS = 0.03  # within which Ray Data notices that a task is done
+IDLE_SECONDS = 0.25  # after which Ray Data looks again while batches wait for the trainers
 DATA_NICENESS = 10
 
 
@@ -33,6 +34,47 @@ def _yield_to_training() -> None:
     """Lower this thread's priority: on a core that both want, training goes first and batches wait ahead of it."""
     if os.getpriority(os.PRIO_PROCESS, 0) < DATA_NICENESS:
         os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How a stream is cut into blocks: one worker's parts of a few consecutive batches, made by one task.
+
+    Attributes:
+        first_step: of the stream.
+        last_step: one past its last.
+        num_steps: batches of a block; the last block may have fewer.
+        part_size: images of one worker in a batch.
+
+    """
+
+    world_size: int
+    first_step: int
+    last_step: int
+    num_steps: int
+    part_size: int
+    image_bytes: int
+
+    @classmethod
+    def of(cls, plan: ClassBalancedPlan, config: DataConfig, *, steps: range, world_size: int) -> "_Blocks":
+        part_size, image_bytes = plan.batch_size // world_size, 3 * config.image_size**2
+        num_steps = min(max(1, BLOCK_BYTES // (part_size * image_bytes)), MOST_STEPS)
+        return cls(world_size, steps.start, steps.stop, num_steps, part_size, image_bytes)
+
+    @property
+    def count(self) -> int:
+        """Blocks of all workers."""
+        return math.ceil((self.last_step - self.first_step) / self.num_steps) * self.world_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.num_steps * self.part_size * self.image_bytes
+
+    def place(self, turn: int) -> tuple[range, int]:
+        """Return the steps and the rank of a block; blocks are in the order of (steps, rank)."""
+        begin = self.first_step + turn // self.world_size * self.num_steps
+        return range(begin, min(begin + self.num_steps, self.last_step)), turn % self.world_size
 
 
 def planned_batches(
@@ -47,86 +89,97 @@ def planned_batches(
 ) -> list[ray.data.DataIterator]:
     """Stream every worker's part of the batches `first_step` to `last_step - 1`.
 
-    A block is one worker's part of a step, or of several where they are small, in the order (step, rank); with order
-    preserved and whole blocks of equal size, the split hands them to the workers in turn. Every row carries its step
-    and rank, for the worker to check.
+    With order preserved and whole blocks of equal size, the split hands blocks to the workers in turn. Every row
+    carries its step and rank, for the worker to check.
 
     Args:
         plan: of the run.
-        split: that it draws from.
+        split: that the plan draws from.
         config: how images are made.
         first_step: of the stream.
         last_step: one past its last.
-        world_size: workers.
-        spare_cpus: whether the cluster has CPUs that no worker reserves. Without, as many processes as workers decode
-            on theirs: tasks would wait for a CPU for ever.
+        world_size: number of workers.
+        spare_cpus: whether the cluster has CPUs that no worker reserves. Without them, as many processes as workers
+            decode on the workers' CPUs, since tasks would wait for a CPU for ever.
 
     Returns:
         For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
 
     """
+    cluster.quiet_ray_data()
+    blocks = _Blocks.of(plan, config, steps=range(first_step, last_step), world_size=world_size)
+    context = _execution_context(blocks)
+    turns = ray_internals.dataset_of_rows(pa.table({"turn": np.arange(blocks.count)}), context)
     shared = ray.put((plan, split))
-    part_size = plan.batch_size // world_size
-    part_bytes = part_size * 3 * config.image_size**2
-    num_steps = min(max(1, BLOCK_BYTES // part_bytes), MOST_STEPS)  # of a block, but for the last
 
     def make_block(rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
-        cluster.import_whole("nsl_dist.data.transforms")
-        import torch
-
-        from nsl_dist.data.transforms import augment, crop_draws
-
-        _yield_to_training()
-        plan, split = ray.get(shared)
         (turn,) = rows["turn"].tolist()
-        begin, rank = first_step + turn // world_size * num_steps, turn % world_size
-        steps = range(begin, min(begin + num_steps, last_step))
-        positions = range(rank * part_size, (rank + 1) * part_size)
-        images = torch.empty(len(steps), part_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
-        for place, step in enumerate(steps):
-            part = plan.part(step, rank=rank, world_size=world_size)
-            fetched = fetch(part, split, config, crop_draws(positions, config, seed=plan.seed, step=step))
-            images[place] = augment(fetched, positions, config, seed=plan.seed, step=step)
-        return {
-            "image": images.flatten(0, 1).numpy(),
-            "step": np.repeat(steps, part_size),
-            "rank": np.full(len(steps) * part_size, rank),
-        }
+        plan, split = ray.get(shared)
+        return _make_block(turn, blocks, plan, split, config)
 
     class MakeBlock:
         def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
             return make_block(rows)
 
-    cluster.quiet_ray_data()
-    context = ray.data.DataContext.get_current().copy()
-    num_blocks = math.ceil((last_step - first_step) / num_steps) * world_size
-    turns = ray_internals.dataset_of_rows(pa.table({"turn": np.arange(num_blocks)}), context)
     if spare_cpus:
-        work = {"fn": make_block, "num_cpus": TASK_CPUS, **cluster.prefer_cpu_nodes()}
+        dataset = turns.map_batches(make_block, batch_size=None, num_cpus=TASK_CPUS, **cluster.prefer_cpu_nodes())
     else:
-        # Ray ends processes beyond a node's CPUs after each task, but not an actor's. To those on a node that is about
-        # to be taken away Ray Data gives nothing more to do: so they are on all nodes. Ray deals actors out to nodes in
-        # turn, but those that reserve nothing at random.
-        nodes = [node["NodeID"] for node in cluster.live_nodes() if node["Resources"].get("CPU")]
-        work = {
-            "fn": MakeBlock,
-            "num_cpus": 0,
-            "memory": 1,
-            "compute": ray.data.ActorPoolStrategy(size=world_size),
-            "label_selector": {"ray.io/node-id": f"in({','.join(nodes)})"},
-        }
-    dataset = turns.map_batches(batch_size=None, **work)
-    block_bytes = num_steps * part_bytes
-    context.target_max_block_size = 2 * block_bytes + 2**20  # a split block would break the turn
+        dataset = turns.map_batches(MakeBlock, batch_size=None, **_actors_on_all_nodes(world_size))
+    return dataset.streaming_split(world_size, equal=True)
+
+
+def _execution_context(blocks: _Blocks) -> ray.data.DataContext:
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 2 * blocks.num_bytes + 2**20  # a split block would break the turn
     context.memory_usage_poll_interval_s = None  # asking the kernel each second takes a quarter of a task's time
     context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
     pace = ray_internals.pace(_yield_to_training, completion_seconds=COMPLETION_SECONDS, idle_seconds=IDLE_SECONDS)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, pace]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=BLOCKS_AHEAD * world_size * block_bytes
+        object_store_memory=BLOCKS_AHEAD * blocks.world_size * blocks.num_bytes
     )
-    return dataset.streaming_split(world_size, equal=True)
+    return context
+
+
+def _actors_on_all_nodes(count: int) -> dict[str, Any]:
+    """Return options for actors that decode where no CPU is spare.
+
+    Ray ends processes beyond a node's CPUs after each task, but not an actor's. Ray Data gives no more work to actors
+    on a node that is about to be taken away, so they are spread over all nodes: Ray assigns actors that reserve
+    something to nodes in turn, but those that reserve nothing at random.
+    """
+    nodes = [node["NodeID"] for node in cluster.live_nodes() if node["Resources"].get("CPU")]
+    return {
+        "num_cpus": 0,
+        "memory": 1,
+        "compute": ray.data.ActorPoolStrategy(size=count),
+        "label_selector": {"ray.io/node-id": f"in({','.join(nodes)})"},
+    }
+
+
+def _make_block(
+    turn: int, blocks: _Blocks, plan: ClassBalancedPlan, split: Split, config: DataConfig
+) -> dict[str, Any]:
+    """Read, decode and augment the images of one block."""
+    cluster.import_whole("nsl_dist.data.transforms")
+    import torch
+
+    from nsl_dist.data.transforms import augment, crop_draws
+
+    _yield_to_training()
+    steps, rank = blocks.place(turn)
+    positions = range(rank * blocks.part_size, (rank + 1) * blocks.part_size)
+    images = torch.empty(len(steps), blocks.part_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    for place, step in enumerate(steps):
+        part = plan.part(step, rank=rank, world_size=blocks.world_size)
+        fetched = fetch(part, split, config, crop_draws(positions, config, seed=plan.seed, step=step))
+        images[place] = augment(fetched, positions, config, seed=plan.seed, step=step)
+    return {
+        "image": images.flatten(0, 1).numpy(),
+        "step": np.repeat(steps, blocks.part_size),
+        "rank": np.full(len(steps) * blocks.part_size, rank),
+    }
 
 
 def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tensor | None" = None) -> "Tensor":

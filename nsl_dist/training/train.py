@@ -142,7 +142,7 @@ def refuse_to_change(config: TrainConfig) -> None:
     changed = differences(before, config) if before else []
     if changed:
         raise ValueError(
-            f"run {config.run_name} was started otherwise: {'; '.join(changed)}; give the same to go on with it, or "
+            f"run {config.run_name} was started otherwise: {'; '.join(changed)}; give the same to continue it, or "
             "choose another --run-name"
         )
 
@@ -339,7 +339,7 @@ def _described_work(run: Run) -> dict[str, str]:
         f"SGD {config.optim.lr}, {config.optim.schedule}",
         "workers": f"{config.num_workers} on {config.device}",
         "checkpoint": f"every {config.checkpoint.every}{'' if config.checkpoint.minutes else ' iterations'}"
-        + (f"; goes on from {newest[0]}" if newest else ""),
+        + (f"; continues from {newest[0]}" if newest else ""),
     }
 
 

@@ -88,7 +88,7 @@ def test_the_job_of_each_data_set_asks_for_its_folder(
     with pytest.raises(SystemExit) as ended:
         job(monkeypatch, f"train_{layout}")
     assert ended.value.code == 2
-    assert f"error: give the folder of the data set (layout {layout})" in capsys.readouterr().err
+    assert f"error: set --data.root to the folder of the data set (layout {layout})" in capsys.readouterr().err
 
 
 def test_prepare_train_evaluate(
@@ -245,7 +245,7 @@ def test_an_interrupted_embedding_goes_on(config: EvaluateConfig, shards: Path, 
             "nan",
             r"embeddings that are zero or not finite, the first for image \d+ of class \d+ of the test split",
         ),
-        ("dim", r"embedder.safetensors: the weights are not of the model beside them: .*size mismatch"),
+        ("dim", r"embedder.safetensors: the weights do not match the model description: .*size mismatch"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(

@@ -173,7 +173,7 @@ def test_export_says_what_is_wrong(
         ([f"--checkpoint={root}/runs/mine", "--onnx=x.onnx"], "embedder.json is missing: give a checkpoint"),
         (
             [f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=a/b"],
-            f"MLflow sqlite:///{root}/mlflow.db does not register a/b: Invalid model name 'a/b'",
+            f"MLflow sqlite:///{root}/mlflow.db cannot register a/b: Invalid model name 'a/b'",
         ),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -378,7 +378,7 @@ def test_neighbours_in_the_terminal(
     with pytest.raises(SystemExit) as ended:
         job(monkeypatch, "search", *arguments, "--query", str(bad))
     assert ended.value.code == 2
-    message = f"error: --query {bad}: this is no image that can be read: it begins like none of JPEG"
+    message = f"error: --query {bad}: this is no image that can be read: not an image in one of the formats JPEG"
     assert message in capsys.readouterr().err
 
 

@@ -228,4 +228,4 @@ def test_real_characters_beside_published_figures(
     assert row["difference"] == row["ours"] - 79.55
     output = capsys.readouterr().out
     assert f"authors' code   float   R@1          79.55{row['ours']:8.2f}{row['difference']:+12.2f}" in output
-    assert "not the published recipe: --data.batch-size 75 -> 80" in output
+    assert "changed from the published recipe: --data.batch-size 75 -> 80" in output
