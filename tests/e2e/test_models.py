@@ -1,6 +1,7 @@
 """The trained model as others use it: from MLflow's registry, through its command line, without Ray; as ONNX."""
 
 import base64
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from nsl_dist.data.transforms import decode, eval_transform
 from nsl_dist.embedder import Embedder, describe, load_embedder, weights_of
 from nsl_dist.model import build_model
 from nsl_dist.retrieval.vector_files import pack_codes
-from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE
+from nsl_dist.run import DESCRIPTION_FILE, MLFLOW_ID_FILE, MODEL_FILE, RUN_FILE, CheckpointRecord
 from nsl_dist.tracking.tracker import Tracker
 from tests.support.images import write_folders
 from tests.support.processes import BIN, job
@@ -46,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in (
         (f"best/{MODEL_FILE}", weights_of(model.state_dict())),
         (f"best/{DESCRIPTION_FILE}", describe(CONFIG)),
-        (f"best/{RUN_FILE}", json.dumps({"step": 7}).encode()),
+        (f"best/{RUN_FILE}", CheckpointRecord(7, 10, 1, "d" * 64, dataclasses.asdict(CONFIG)).to_json()),
         (MLFLOW_ID_FILE, tracker.run_id.encode()),
     ):
         storage.write_bytes(str(run_dir / name), content)
