@@ -113,7 +113,6 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, Layout]:
     layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
     storage.check_writable(config.storage)
     config = as_started(config)
-    refuse_to_change(config)
     check_index(config.eval, config.model.dim)
     return config, layout
 
@@ -151,7 +150,7 @@ def _connect(config: TrainConfig, folder: RunFolder) -> "Tracker":
     """Connect to MLflow and Ray at the same time; each takes seconds.
 
     Raises:
-        ValueError: the run is finished, or MLflow cannot be used.
+        ValueError: the run is finished or was started with other options, or MLflow cannot be used.
 
     """
 
@@ -163,6 +162,7 @@ def _connect(config: TrainConfig, folder: RunFolder) -> "Tracker":
 
     opening = ThreadPoolExecutor(1).submit(open_tracking)
     _refuse_to_train_again(config, folder, opening)
+    refuse_to_change(config)
     _, most_workers = config.worker_range or (1, 1)
     cluster.connect(num_cpus=cpus_needed(config, most_workers))
     return opening.result()  # a wrong URI comes out before nodes are requested
