@@ -1,4 +1,4 @@
-# Everything that a fresh machine with Python >= 3.11 and make needs; `make train` and `make test` do their own set-up.
+# A fresh machine needs only Python >= 3.11 and make; `make train` and `make test` install everything else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,10 +6,10 @@ LOWEST := .venv-lowest
 ARGS ?=
 JOB ?= jobs/train_sop.py
 
-# Where it is set, each of a cluster's many processes compiles all that it imports, anew: three times as slow.
+# If set, every Ray process recompiles all its imports, which makes start-up three times as slow.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What `make gpu` runs with, without a set-up of its own: any Python that has the packages.
+# `make gpu` does no set-up; it uses any Python with the required packages.
 PYTHON_GPU ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 
 .PHONY: train submit test test-rest test-all test-lowest gpu lint setup lock
@@ -17,14 +17,14 @@ PYTHON_GPU ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 train: setup
 	$(BIN)/python jobs/train_sop.py $(ARGS)
 
-# On the cluster at ADDRESS, by whoever has its token: make submit ADDRESS=http://127.0.0.1:8265 ARGS="--num-workers 4"
+# Submit to the cluster at ADDRESS (needs its token): make submit ADDRESS=http://127.0.0.1:8265 ARGS="--num-workers 4"
 submit: setup
 	RAY_AUTH_MODE=token $(BIN)/ray job submit --address $(ADDRESS) --working-dir . \
 		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD 2> /dev/null)"}' -- python $(JOB) $(ARGS)
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# What to run before a change is handed in: all but the slow tests.
+# Run before submitting a change: everything except the slow tests.
 test: setup
 	$(PYTEST) $(ARGS)
 
@@ -34,7 +34,7 @@ test-rest: setup
 test-all: setup
 	$(PYTEST) -m "slow or not slow" $(ARGS)
 
-# On a machine with a GPU: the tests that need one, then a table of benchmarks; both are in gpu_report.json.
+# On a machine with a GPU: run the GPU tests, then the benchmarks; both are reported in gpu_report.json.
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
 	rm -f build/gpu_tests.xml
@@ -48,7 +48,7 @@ lint: setup
 
 setup: $(VENV)/.current
 
-# nsl_dist/__init__.py: it says the version that is installed.
+# nsl_dist/__init__.py is a prerequisite because it defines the installed version.
 $(VENV)/.current: requirements.lock pyproject.toml nsl_dist/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,12 +57,12 @@ $(VENV)/.current: requirements.lock pyproject.toml nsl_dist/__init__.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-# As little as pyproject.toml needs; all that is current: make lock ARGS=--upgrade
+# Update only what pyproject.toml requires; to upgrade everything: make lock ARGS=--upgrade
 lock:
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --quiet \
 		--output-file requirements.lock $(ARGS)
 
-# The fast tests with the oldest Python and packages that pyproject.toml allows.
+# Run the fast tests with the oldest Python and packages that pyproject.toml allows.
 test-lowest: setup
 	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --all-extras \

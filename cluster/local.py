@@ -1,9 +1,9 @@
-"""A Ray cluster on this machine that grows and shrinks with its jobs: what a cloud does, to try before paying for it.
+"""An autoscaling Ray cluster on this machine, to try out what a cloud cluster does before paying for one.
 
     python cluster/local.py
 
-Ray's own autoscaler starts and ends the nodes, which are processes here and share the machine's cores. All of it
-listens on loopback, and takes jobs from those alone who have the token in ~/.ray/auth_token. Ctrl-C ends it.
+Ray's own autoscaler starts and stops the nodes, which are processes that share the machine's cores. The cluster
+listens on loopback only and accepts jobs only with the token in ~/.ray/auth_token. Press Ctrl-C to stop it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import tyro
 from nsl_dist.ray_internals import default_temp_dir
 
 BIN = Path(sys.executable).parent
-HEAD_KIND = "ray.head.default"  # as Ray's provider of fake nodes calls it
+HEAD_KIND = "ray.head.default"  # the name in Ray's fake node provider
 HEAD_ID = "f" * 51 + "00000"
 START_SECONDS = 120
 STOP_SECONDS = 5
@@ -32,32 +32,32 @@ STOP_SECONDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
-    """How large the cluster may become."""
+    """Size limits of the cluster."""
 
     nodes: int = 4
-    """Most nodes beside the head, which does no work of the jobs."""
+    """Maximum number of worker nodes; the head runs no job tasks."""
     cpus: int = 2
-    """CPUs of a node, in Ray's books: all nodes share the machine's cores."""
+    """Logical CPUs per node; all nodes share the machine's cores."""
     idle_seconds: int = 30
-    """Seconds without work after which a node goes."""
+    """Seconds without work after which a node is removed."""
     port: int = 8265
-    """Port of the dashboard, which takes the jobs too."""
+    """Port of the dashboard, which also accepts jobs."""
 
 
 def main() -> None:
-    """Start the head, say how to use the cluster and what becomes of it, until Ctrl-C."""
+    """Start the head, print how to use the cluster, and show its size until Ctrl-C."""
     config = tyro.cli(LocalConfig, description=__doc__)
     if _listens(config.port):
         sys.exit(f"error: port {config.port} is in use, perhaps by another Ray; give another --port")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     os.environ |= {
-        "PATH": f"{BIN}:{os.environ['PATH']}",  # jobs find this environment's `python`
-        "PYTHONPATH": str(Path(__file__).parent),  # the autoscaler finds local_nodes.py
+        "PATH": f"{BIN}:{os.environ['PATH']}",  # so that jobs find this environment's `python`
+        "PYTHONPATH": str(Path(__file__).parent),  # so that the autoscaler finds local_nodes.py
         "RAY_AUTH_MODE": "token",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback alone
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only
         "RAY_worker_niceness": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": "120",  # for the checkpoint of a run that is stopped
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",  # lets a stopped run write its checkpoint
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -70,12 +70,12 @@ def main() -> None:
 def _run(config: LocalConfig, directory: Path) -> None:
     gcs, agent = _free_ports(2)
     file, log = directory / "cluster.yaml", directory / "head.log"
-    file.write_text(json.dumps(_cluster_file(config, gcs_address=f"127.0.0.1:{gcs}")))  # YAML too
+    file.write_text(json.dumps(_cluster_file(config, gcs_address=f"127.0.0.1:{gcs}")))  # JSON is valid YAML
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=0", "--node-ip-address=127.0.0.1", f"--port={gcs}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={config.port}", f"--dashboard-agent-listen-port={agent}",
         f"--autoscaling-config={file}",
-        # Ray gives jobs to the newest cluster of a folder: in the common one, to any that was started after this.
+        # Ray sends jobs to the newest cluster of a temporary folder, and others may use the default folder.
         f"--temp-dir={default_temp_dir()}_{config.port}",
     ]  # fmt: skip
     names = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
@@ -90,14 +90,14 @@ def _run(config: LocalConfig, directory: Path) -> None:
         address = f"http://127.0.0.1:{config.port}"
         print(
             f"A Ray cluster is up at {address}: a head, and up to {config.nodes} nodes of {config.cpus} CPUs, which "
-            f"come with the work and go {config.idle_seconds} s after it. In another terminal:\n\n"
-            f'  make submit ADDRESS={address} ARGS="--num-workers 4"\n\nCtrl-C ends it.',
+            f"start on demand and stop after {config.idle_seconds} s without work. In another terminal:\n\n"
+            f'  make submit ADDRESS={address} ARGS="--num-workers 4"\n\nCtrl-C stops it.',
             flush=True,
         )
         _show_nodes(head, address)
-        sys.exit(f"error: the head ended\n{log.read_text()}")
+        sys.exit(f"error: the head exited\n{log.read_text()}")
     except KeyboardInterrupt:
-        print("the cluster ends", flush=True)
+        print("stopping the cluster", flush=True)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -105,11 +105,11 @@ def _run(config: LocalConfig, directory: Path) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)  # the nodes are of its group
+            os.killpg(head.pid, signal.SIGKILL)  # the nodes belong to its process group
 
 
 def _show_nodes(head: "subprocess.Popen[bytes]", address: str) -> None:
-    """Say how many nodes there are, each time that they become more or fewer, while the head lives."""
+    """Print the number of nodes whenever it changes, until the head exits."""
     from ray.util.state import list_nodes  # reads the environment when it is imported
 
     shown = 0
@@ -123,7 +123,7 @@ def _show_nodes(head: "subprocess.Popen[bytes]", address: str) -> None:
 
 
 def _cluster_file(config: LocalConfig, *, gcs_address: str) -> dict[str, Any]:
-    """Return what `ray up` would read, for nodes that are processes."""
+    """Return a `ray up` configuration whose nodes are local processes."""
     return {
         "cluster_name": "local",
         "max_workers": config.nodes,
@@ -144,7 +144,7 @@ def _cluster_file(config: LocalConfig, *, gcs_address: str) -> dict[str, Any]:
             HEAD_KIND: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "node": {"resources": {"CPU": config.cpus}, "node_config": {}, "max_workers": config.nodes},
         },
-        # Of `ray up` alone, but the autoscaler wants them.
+        # Only `ray up` uses these, but the autoscaler requires them.
         "setup_commands": [],
         "head_setup_commands": [],
         "worker_setup_commands": [],

@@ -1,4 +1,4 @@
-"""The nodes of the cluster of local.py, as Ray's autoscaler starts and ends them."""
+"""Node provider through which Ray's autoscaler starts and stops the nodes of local.py."""
 
 from nsl_dist.ray_internals import node_provider
 

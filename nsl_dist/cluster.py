@@ -1,4 +1,4 @@
-"""Connecting to Ray: the cluster that a job was submitted to, or one of this machine alone."""
+"""Connect to Ray: to the cluster a job was submitted to, or to a local Ray on this machine."""
 
 import importlib
 import json
@@ -17,20 +17,19 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from nsl_dist import ray_internals
 from nsl_dist.progress import duration
 
-OBJECT_STORE_BYTES = 2 * 2**30  # of a local cluster; batches wait there
-START_ATTEMPTS = 4  # of a local Ray
-ROOM_SECONDS = 5.0  # in which Ray finds room that is there
+OBJECT_STORE_BYTES = 2 * 2**30  # for a local Ray; holds the batches waiting for training
+START_ATTEMPTS = 4  # for a local Ray
+ROOM_SECONDS = 5.0  # Ray finds available room within this time
 POLL_SECONDS = 0.5
 SHOW_SECONDS = 10.0
 
 
 def connect(*, num_cpus: int, show_workers: bool = True) -> None:
-    """Connect to the cluster of `ray job submit` or RAY_ADDRESS; without one start Ray on this machine, on loopback.
+    """Connect to the cluster of `ray job submit` or RAY_ADDRESS; otherwise start a local Ray that listens on loopback.
 
     Args:
-        num_cpus: logical CPUs that the work needs; a local Ray gets as many even on a machine with fewer cores, which
-            then share them.
-        show_workers: show what is printed by processes other than this one.
+        num_cpus: logical CPUs needed; a local Ray gets at least this many, even on a machine with fewer cores.
+        show_workers: also show the output of other processes.
 
     """
     quiet_ray_data()
@@ -40,12 +39,13 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
     settings = {"logging_level": "warning", "log_to_driver": show_workers}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        # The environment of its processes is the cluster's. Some of Ray Train's look for one, and may find another.
+        # The cluster's processes do not inherit our environment. Without the address, some of Ray Train's look for a
+        # cluster and may find another one.
         ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT | {"RAY_ADDRESS": address}}, **settings)
     else:
         _start_local(
             num_cpus=max(num_cpus, os.cpu_count() or 1),
-            include_dashboard=True,  # Ray Train's clean-up after a lost driver asks it for the state of actors
+            include_dashboard=True,  # Ray Train queries it for actor states when it cleans up after a lost driver
             object_store_memory=OBJECT_STORE_BYTES,
             **settings,
         )
@@ -53,13 +53,13 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
 
 
 def _start_local(**settings: Any) -> None:
-    """Start Ray on this machine; again where a busy machine does not start it within the 30 s that Ray allows."""
+    """Start Ray on this machine, retrying if a busy machine exceeds the 30 s that Ray allows for it."""
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with ray_internals.local_ray_environment():
                 ray.init(address="local", **settings)
             return
-        except Exception as error:  # Ray has no class for it
+        except Exception as error:  # Ray has no specific class for this error
             if "timed out" not in str(error) or attempt == START_ATTEMPTS:
                 raise
             print(f"Ray did not start in time on this busy machine; trying again ({error})", flush=True)
@@ -67,22 +67,22 @@ def _start_local(**settings: Any) -> None:
 
 
 def quiet_ray_data() -> None:
-    """Leave progress, in this process, to the plain lines of the jobs, and warnings to what a user can fix."""
-    import ray.data  # takes seconds, which an actor that reads nothing need not spend
+    """In this process, turn off Ray Data's progress bars and the warnings that users cannot act on."""
+    import ray.data  # takes seconds; actors that read no data skip it
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # Ray Data reads the variable when it is imported, and then only in its own processes.
+    # Ray Data reads the variable only on import, and only in its own processes.
     level = (ray_internals.DATA_ENVIRONMENT | os.environ)["RAY_DATA_LOG_LEVEL"]
     logging.getLogger("ray.data").setLevel(level)
 
 
 def prefer_cpu_nodes() -> dict[str, Any]:
-    """Return options that keep Ray Data's tasks away from the present nodes with GPUs while others have room."""
+    """Return options that keep Ray Data's tasks off the current GPU nodes as long as other nodes have room."""
     nodes = [node for node in live_nodes() if node["Resources"].get("CPU")]
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
     if not with_gpus or len(with_gpus) == len(nodes):
         return {}
-    # Not by ray.io/accelerator-type: no selector matches nodes that lack it, as those do whose GPUs Ray is told of.
+    # Not ray.io/accelerator-type: it is missing where Ray was told the number of GPUs, and selectors never match that.
     return {
         "label_selector": {"ray.io/node-id": f"!in({','.join(with_gpus)})"},
         "fallback_strategy": [{"label_selector": {}}],
@@ -90,18 +90,18 @@ def prefer_cpu_nodes() -> dict[str, Any]:
 
 
 def import_whole(module: str) -> None:
-    """Import what a task needs of torch, even if the task is cancelled meanwhile.
+    """Import a module that needs torch, completely even if the task is cancelled meanwhile.
 
-    Ray cancels a task by a KeyboardInterrupt in the main thread of its process, which is given other tasks then; torch
-    of which a part is imported fails them all.
+    Ray cancels a task with a KeyboardInterrupt in the main thread of a process that it then reuses. A partly imported
+    torch would make all later tasks in that process fail.
     """
     with ThreadPoolExecutor(1) as thread:
         thread.submit(importlib.import_module, module).result()
 
 
 def get(references: Any) -> Any:
-    """Return what `ray.get` does; a user's mistake found in a task is raised as itself, without the task's stack."""
-    # One by one: of several errors that nobody asked for Ray prints the stacks.
+    """Call `ray.get`; user errors found in a task are raised as themselves, without the task's stack trace."""
+    # One by one, since Ray prints the stack traces of errors that are never retrieved.
     outcomes = [_outcome(reference) for reference in (references if isinstance(references, list) else [references])]
     for error in outcomes:
         if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, (ValueError, FileNotFoundError)):
@@ -119,49 +119,49 @@ def _outcome(reference: Any) -> Any:
 
 
 def job_metadata() -> dict[str, str]:
-    """Return what `ray job submit` says of this job, with its --metadata-json; nothing where it was not submitted."""
+    """Return this job's metadata from `ray job submit`, including --metadata-json; empty if it was not submitted."""
     return dict(json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}))
 
 
 def submitted_at() -> float | None:
-    """Return when this job was submitted, seconds since the epoch; None: by hand, or nobody here knows."""
+    """Return when this job was submitted, in seconds since the epoch; None if it was not, or if that is unknown."""
     job_id = job_metadata().get("job_submission_id")
     if job_id is None:
         return None
-    from ray.job_submission import JobSubmissionClient  # with aiohttp, a third of a second for every process
+    from ray.job_submission import JobSubmissionClient  # imports aiohttp, which takes a third of a second
 
     try:
         info = JobSubmissionClient().get_job_info(job_id)
-    except ConnectionError:  # the driver is not on the head, on whose loopback the dashboard is
+    except ConnectionError:  # the dashboard listens on the head's loopback interface, and this is another node
         return None
-    return float(info.start_time) / 1000  # from milliseconds
+    return float(info.start_time) / 1000  # milliseconds to seconds
 
 
 def live_nodes() -> list[dict[str, Any]]:
-    """Return what Ray says of the nodes that are alive, without those that are about to be taken away."""
+    """Return Ray's description of each live node, except draining ones."""
     draining = ray_internals.draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
 def totals() -> tuple[int, int]:
-    """Return the CPUs and GPUs of the nodes that are here to stay."""
+    """Return the total CPUs and GPUs of the live nodes that are not draining."""
     resources = [node["Resources"] for node in live_nodes()]
     cpus, gpus = (int(sum(each.get(name, 0) for each in resources)) for name in ("CPU", "GPU"))
     return cpus, gpus
 
 
 def settle_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """Return where to work; auto: on GPUs if the cluster has some, or an autoscaler that may add them."""
+    """Resolve the device; "auto" means CUDA if the cluster has GPUs or its autoscaler can add some."""
     if wanted != "auto":
         return wanted
     return "cuda" if totals()[1] > 0 or _can_add({"GPU": 1}) else "cpu"
 
 
 def _can_add(bundle: dict[str, float]) -> bool:
-    """Return whether the autoscaler of a cluster says that it can make room for `bundle`; it may start a node."""
+    """Return whether the autoscaler reports that it can make room for `bundle`; asking may start a node."""
     status = ray_internals.cluster_status()
     if "RAY_ADDRESS" not in os.environ or not status.autoscaling_state.autoscaler_state_version:
-        return False  # there is none
+        return False  # there is no autoscaler
     with _reserving([bundle]) as group:
         asked_at = ray_internals.cluster_status().cluster_resource_state.cluster_resource_state_version
         deadline = time.monotonic() + 60
@@ -170,22 +170,23 @@ def _can_add(bundle: dict[str, float]) -> bool:
             if state.last_seen_cluster_resource_state_version > asked_at:
                 return not _is_refused(group, state)
             if time.monotonic() > deadline:
-                raise ValueError("the cluster's autoscaler does not say whether it can add GPUs: give --device")
+                raise ValueError("the cluster's autoscaler did not report whether it can add GPUs: give --device")
     return True
 
 
 def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float, fix: str) -> None:
-    """Wait until the cluster has room for all bundles at once, which asks its autoscaler for the nodes that lack.
+    """Wait until the cluster has room for all bundles at once; missing nodes are requested from the autoscaler.
 
-    Says what is there, what is asked for and what is being started.
+    Prints which resources exist, which are requested and which nodes are starting.
 
     Args:
-        bundles: by what they are for ("training"), how many there are and what one takes: `{"CPU": 1, "GPU": 1}`.
-        minutes: to wait at most.
-        fix: what the user may do about a cluster without room.
+        bundles: maps a purpose ("training") to the number of bundles and the resources of each, such as
+            `{"CPU": 1, "GPU": 1}`.
+        minutes: maximum time to wait.
+        fix: advice to the user if there is no room.
 
     Raises:
-        ValueError: there is no room after `minutes`, or the autoscaler says that it cannot make any.
+        ValueError: there is no room after `minutes`, or the autoscaler reports that it cannot make any.
 
     """
     asked = ", ".join(
@@ -195,7 +196,7 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
     )
     flat = [bundle for count, bundle in bundles.values() for _ in range(count)]
     started = shown = time.monotonic()
-    free_since: int | None = None  # in Ray's numbers of states of the cluster, of which the autoscaler says what it saw
+    free_since: int | None = None  # a version of the cluster state; the autoscaler reports the last one it saw
     with _reserving(flat) as group:
         print(f"   cluster  {described()}; this takes {asked}", flush=True)
         if group.wait(ROOM_SECONDS):
@@ -204,10 +205,10 @@ def wait_for(bundles: dict[str, tuple[int, dict[str, float]]], *, minutes: float
         while not group.wait(POLL_SECONDS):
             reply = ray_internals.cluster_status()
             state = reply.autoscaling_state
-            if free_since is None or _is_busy():  # a cluster that is busy with other work is worth waiting for
+            if free_since is None or _is_busy():  # other work may finish and free its resources
                 free_since = reply.cluster_resource_state.cluster_resource_state_version
             refused = _is_refused(group, state) and state.last_seen_cluster_resource_state_version > free_since
-            # The autoscaler may have looked just as Ray was taking what had become free.
+            # The autoscaler may have looked just before Ray reserved freed resources.
             if refused and not group.wait(ROOM_SECONDS):
                 raise ValueError(f"the cluster has {described()} and can add no nodes for {asked}; {fix}")
             now = time.monotonic()
@@ -250,7 +251,7 @@ def _is_busy() -> bool:
 
 
 def described() -> str:
-    """Return in words how large the cluster is."""
+    """Return the size of the cluster in words."""
     cpus, gpus = totals()
     nodes = len(live_nodes())
     return f"{cpus} CPUs and {gpus} GPUs on {nodes} node{'' if nodes == 1 else 's'}"

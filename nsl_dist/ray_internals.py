@@ -1,8 +1,8 @@
-"""Everything that this project uses of Ray without Ray promising it: nothing else here imports a private part of Ray.
+"""All uses of undocumented parts of Ray; no other module of this project imports private Ray code.
 
-Each function says what it does, why nothing public does it, and when it can go. tests/unit/test_ray_internals.py has a
-contract test for each, which fails with that text when Ray changes. Ray is imported where it is used: few callers need
-more than one part of it.
+Each docstring says what the function does, why no public API does it, and when it can go. Each function has a contract
+test in tests/unit/test_ray_internals.py, which fails with that docstring when Ray changes. Ray is imported inside the
+functions, since few callers need more than one part of it.
 """
 
 import functools
@@ -22,13 +22,13 @@ from unittest.mock import patch
 if TYPE_CHECKING:
     import pyarrow as pa
 
-GCS_PORTS = range(20_000, 32_000)  # below those that the system gives to clients
-# What Ray prints for those who run Ray, in the words that identify a line.
+GCS_PORTS = range(20_000, 32_000)  # below the operating system's ephemeral ports
+# Matches lines that Ray prints for its operators.
 NOISE = re.compile(
     "There are tasks with infeasible resource requests"  # whenever tasks wait for a CPU and no node can be added
-    "|has constructor arguments in the object store and max_restarts"  # of actors of Ray Train and Ray Data
-    "|worker processes have been started on node"  # of the tasks with a part of a CPU, and of idle actors
-    "|^Progress bars disabled"  # we disabled them
+    "|has constructor arguments in the object store and max_restarts"  # about actors of Ray Train and Ray Data
+    "|worker processes have been started on node"  # about tasks that reserve a fraction of a CPU, and idle actors
+    "|^Progress bars disabled"  # we disabled them ourselves
 )
 NOISY_LOGGERS = {
     "ray.data._internal.progress": "Progress bars",
@@ -36,12 +36,12 @@ NOISY_LOGGERS = {
 }
 NO_NODE = "0" * 55 + "1"
 DATA_ENVIRONMENT = {"RAY_DATA_LOG_LEVEL": "WARNING"}
-# Of a Ray on this machine alone.
+# For a local Ray only.
 LOCAL_ENVIRONMENT = DATA_ENVIRONMENT | {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback alone: named after the systems on which that is the default
-    "RAY_worker_niceness": "0",  # it is not starved by what else runs there
-    "RAY_enable_autoscaler_v2": "1",  # which says what this machine cannot give
-    # Nobody reads its statistics; each of its two dozen processes would keep them.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only; named after the systems where that is the default
+    "RAY_worker_niceness": "0",  # other processes on the machine must not starve it
+    "RAY_enable_autoscaler_v2": "1",  # it reports requests that this machine cannot satisfy
+    # Nobody reads these statistics, but each of Ray's two dozen processes would collect them.
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
 }
@@ -49,14 +49,14 @@ LOCAL_ENVIRONMENT = DATA_ENVIRONMENT | {
 
 @contextmanager
 def local_ray_environment() -> Iterator[None]:
-    """Give a Ray that `ray.init` starts in this context its environment, so that it stays on loopback and finds itself.
+    """Set the environment for a Ray that `ray.init` starts in this context: loopback only, and able to find itself.
 
-    Ray reads whether it may listen beyond loopback when it is imported, which a host process may have done long before;
-    no argument of `ray.init` says so, `_node_ip_address="127.0.0.1"` included. Its processes that look for their own
-    cluster fail where another one runs on the machine; they look at RAY_ADDRESS first, for which the port of the
-    cluster must be known before it starts. Variables that are set already are kept; afterwards all are as they were.
+    Ray decides on import whether to listen beyond loopback, and the host process may have imported it long before. No
+    argument of `ray.init` changes that, not even `_node_ip_address="127.0.0.1"`. Ray's processes look for their own
+    cluster and fail if another one runs on the machine. They check RAY_ADDRESS first, but setting it requires a port
+    that is known before the start. Variables that are already set are kept; all are restored afterwards.
 
-    Can go when `ray.init` takes an address to listen on, and the processes of Ray Train look for no other cluster.
+    Can go when `ray.init` accepts a listen address and Ray Train's processes no longer look for other clusters.
     """
     from ray._private import ray_constants
 
@@ -82,13 +82,13 @@ def _free_port() -> int:
 
 
 def drop_noise() -> None:
-    """Drop single lines of Ray's own from what this process prints: see `NOISE`; events of the autoscaler, too.
+    """Drop Ray's lines that match `NOISE`, and autoscaler events, from the output of this process.
 
-    Ray prints what other processes wrote by a function of its own; its public settings show all of that or nothing
-    (`log_to_driver`), or change how it looks. The loggers are those of single modules.
+    Ray prints the output of other processes through a private function. Its public settings show all of that output or
+    none (`log_to_driver`), or change its format. `NOISY_LOGGERS` are loggers of individual Ray modules.
 
-    Can go when these lines do: ray-project/ray#53727 for the actors, `RAY_enable_infeasible_task_early_exit` as the
-    default for the infeasible requests.
+    Can go when Ray no longer prints these lines: see ray-project/ray#53727 for the actors; infeasible requests need
+    `RAY_enable_infeasible_task_early_exit` as the default.
     """
     from ray._private import worker
 
@@ -108,20 +108,20 @@ def drop_noise() -> None:
 
 
 class _Without(logging.Filter):
-    """Leaves out records that start with a text."""
+    """Drops records that start with a given text."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self.name)
 
 
 def spend_actor_warning() -> None:
-    """Have Ray say once, unheard, what it says once in a process: that an actor's arguments are in the object store.
+    """Trigger, with stderr redirected, Ray's once-per-process warning about actor arguments in the object store.
 
-    Those of Ray Data's actor pools always are. C++ writes the warning to the standard error of the process that creates
-    the actor, where Python's logging cannot filter it; RAY_BACKEND_LOG_LEVEL would silence everything else, too. The
-    actor created here is bound to a node that does not exist, so that no process is started for it.
+    Ray Data's actor pools always cause it. It is written by C++ to the standard error of the process that creates the
+    actor, where Python's logging cannot filter it; RAY_BACKEND_LOG_LEVEL would silence everything else, too. The actor
+    created here is bound to a node that does not exist, so no process is started for it.
 
-    Can go when Ray keeps an actor's arguments as long as the actor (ray-project/ray#53727).
+    Can go when Ray keeps an actor's arguments for as long as the actor lives (ray-project/ray#53727).
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -138,7 +138,7 @@ def spend_actor_warning() -> None:
             os.dup2(stderr, 2)
             os.close(stderr)
         heard.seek(0)
-        for line in heard:  # of other threads too
+        for line in heard:  # other threads may have written some
             if not NOISE.search(line.decode(errors="replace")):
                 os.write(2, line)
 
@@ -149,12 +149,12 @@ class _Nothing:
 
 
 def draining_nodes() -> dict[str, int]:
-    """Return the nodes that are about to be taken away, and when: milliseconds since the epoch, 0 where unknown.
+    """Return the nodes that are about to be taken away, and when: in ms since the epoch, 0 if unknown.
 
-    `ray.nodes()` and the state API call them alive, without a word; `ray.train.get_preemption_info` knows them too, but
-    only those of the workers that ask, and within a training alone.
+    `ray.nodes()` and the state API list these nodes as alive. `ray.train.get_preemption_info` reports them, but only
+    inside a training, and only the nodes of its own workers.
 
-    Can go when `ray.nodes()` or `ray.util.state.list_nodes` say which nodes drain.
+    Can go when `ray.nodes()` or `ray.util.state.list_nodes` report which nodes are draining.
     """
     import ray
 
@@ -162,13 +162,13 @@ def draining_nodes() -> dict[str, int]:
 
 
 def cluster_status() -> Any:
-    """Return what the cluster and its autoscaler say of themselves: a `GetClusterStatusReply`.
+    """Return the status of the cluster and its autoscaler, a `GetClusterStatusReply`.
 
-    With it a job is refused at once when the autoscaler has seen what it wants and can add no node for that.
-    `ray.autoscaler.sdk` only asks for nodes; `ray status` and the state API leave out what is refused, and which state
-    of the cluster the autoscaler has seen.
+    It allows a job to fail immediately once the autoscaler has seen its request and cannot add nodes for it.
+    `ray.autoscaler.sdk` only requests nodes; `ray status` and the state API omit the infeasible requests and the
+    version of the cluster state that the autoscaler has seen.
 
-    Can go when a public function returns the refused requests, each with its placement group.
+    Can go when a public function returns the infeasible requests, each with its placement group.
     """
     import ray
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
@@ -179,10 +179,10 @@ def cluster_status() -> Any:
 
 
 def dataset_of_rows(table: "pa.Table", context: Any) -> Any:
-    """Return a Ray Dataset with a block for each row of `table`, all of them slices of one object.
+    """Return a Ray Dataset with one block for each row of `table`, all of them slices of one object.
 
-    A public `Datasource` has a read task for each block, every one of which Ray Data puts into the object store before
-    the first begins: for 30,000 of them 25 s of a core, measured with Ray 2.60. `from_arrow` does the same with tables.
+    A public `Datasource` needs one read task per block, and Ray Data puts all of them into the object store before the
+    first one starts: 25 s of one core for 30,000 tasks, measured with Ray 2.60. `from_arrow` does the same with tables.
 
     Can go when `ray.data.read_datasource` starts the first of 30,000 read tasks within seconds.
     """
@@ -205,14 +205,14 @@ def dataset_of_rows(table: "pa.Table", context: Any) -> Any:
 
 
 def pace(on_step: Callable[[], None], *, completion_seconds: float, idle_seconds: float) -> type:
-    """Return a callback class, for a `DataContext`, that fits the pace of Ray Data's scheduling loop to its consumers.
+    """Return a callback class for a `DataContext` that adapts Ray Data's scheduling loop to the speed of its consumers.
 
-    A step of that loop waits until all tasks that run are done, for 0.1 s at most: so long a core would wait for its
-    next one. And it does not wait while finished blocks wait for the consumers, which is the usual case in a training:
-    it would spend a core on that, half of a small machine. So it looks often, every `completion_seconds`, and rests for
-    `idle_seconds` after a step in which nothing happened, but not where the consumers wait: that would delay the next
-    tasks. `on_step` is called in each step. `DataContext.custom_execution_callback_classes` is public; the class of
-    the callbacks, the wait, and what the executor knows of its tasks are not.
+    Each step of the loop waits up to 0.1 s for all running tasks, so a core could be idle that long before its next
+    task. While finished blocks wait for consumers, the usual case in training, the loop does not wait at all and keeps
+    a core busy, which is half of a small machine. With this callback it polls every `completion_seconds` and sleeps for
+    `idle_seconds` after a step without progress, unless consumers are waiting, since that would delay the next tasks.
+    `on_step` is called in each step. `DataContext.custom_execution_callback_classes` is public; the callback base
+    class, the timeout and the executor's task metrics are not.
 
     Can go when Ray Data's executor waits for events instead of polling.
     """
@@ -236,12 +236,12 @@ def pace(on_step: Callable[[], None], *, completion_seconds: float, idle_seconds
 
 
 def keep_serve_to_loopback() -> None:
-    """Let the Ray Serve replica of this process take calls of other deployments on loopback alone.
+    """Bind the port on which this process's Ray Serve replica takes calls from other deployments to loopback.
 
-    Ray Serve opens a port for them on all addresses of the machine and unpickles what arrives there; no setting changes
-    that. A service with one deployment needs no such calls.
+    Ray Serve opens that port on all interfaces and unpickles whatever it receives; no setting changes that. A service
+    with a single deployment needs no such calls.
 
-    Can go when Ray Serve's replicas bind to the node's own address, or take one.
+    Can go when Ray Serve's replicas bind to the node's own address or to a configurable one.
     """
     from ray.serve._private import replica
 
@@ -250,11 +250,11 @@ def keep_serve_to_loopback() -> None:
 
 
 def node_provider() -> type:
-    """Return a provider of nodes that are processes, for Ray's autoscaler: Ray's own, with what they must not share.
+    """Return an autoscaler node provider whose nodes are local processes: Ray's own, with less shared between nodes.
 
-    Each unpacks the code of jobs into a folder of its own: in a common one a node that starts deletes what others run.
-    The head alone passes on what processes print: each would do so for all. Ray's public `AutoscalingCluster` wants a
-    file that the wheel lacks, and stops every other Ray of the machine as it starts.
+    Each node unpacks job code into its own folder, since in a shared one a starting node deletes code that others are
+    running. Only the head forwards process output, since otherwise each node would forward everything. Ray's public
+    `AutoscalingCluster` requires a file that the wheel lacks, and stops every other Ray on the machine when it starts.
 
     Can go when `ray.cluster_utils.AutoscalingCluster` starts from the wheel and leaves other clusters alone.
     """
@@ -263,7 +263,7 @@ def node_provider() -> type:
 
     class LocalNodes(FakeMultiNodeProvider):
         def _create_node_with_resources_and_labels(self, *arguments: Any) -> None:
-            with self.lock:  # of Ray, and reentrant
+            with self.lock:  # Ray's own lock, which is reentrant
                 own = {"runtime_env_dir_name": f"runtime_env_{self._next_node_id + 1}", "include_log_monitor": False}
                 with patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, **own)):
                     super()._create_node_with_resources_and_labels(*arguments)
@@ -272,9 +272,9 @@ def node_provider() -> type:
 
 
 def default_temp_dir() -> str:
-    """Return the folder in which Ray keeps its sessions where it is told none, by RAY_TMPDIR or not at all.
+    """Return the folder where Ray keeps its sessions by default; RAY_TMPDIR overrides it.
 
-    Paths of sockets in it may not be long: so a folder of ours lies beside it. It has no public name.
+    Socket paths inside it must be short, so our own session folders are created next to it. It has no public name.
 
     Can go when Ray takes a short folder from the system's own settings, or documents this one.
     """
@@ -284,11 +284,11 @@ def default_temp_dir() -> str:
 
 
 def checked_cluster_file(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a file for `ray up` with its defaults filled in; raise what `ray up` would say of it.
+    """Validate a `ray up` configuration as `ray up` would, and return it with defaults filled in.
 
-    `ray up` itself checks as it launches. Used by tests.
+    `ray up` itself validates only as part of launching. Used by tests.
 
-    Can go when Ray has a command that only checks.
+    Can go when Ray has a command that only validates.
     """
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -298,11 +298,11 @@ def checked_cluster_file(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def aws_nodes(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return the content of a file for `ray up`, with what AWS adds to it, and the provider of its nodes.
+    """Return a `ray up` configuration with its AWS settings filled in, and its node provider.
 
-    With them a test launches each kind of node where AWS is played; `ray up` goes on to each by SSH. Used by tests.
+    Tests use them to launch each node type on a simulated AWS; `ray up` would connect to each node by SSH.
 
-    Can go when Ray launches nodes without setting them up.
+    Can go when Ray can launch nodes without setting them up.
     """
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
@@ -312,9 +312,9 @@ def aws_nodes(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def pack_working_dir(directory: Path, package: Path) -> None:
-    """Write what `ray job submit --working-dir` sends of a folder into a zip file.
+    """Write a zip file of what `ray job submit --working-dir` would upload for a folder.
 
-    It has no other way to say what it would send than to send it. Used by tests.
+    The command cannot show this without submitting a job. Used by tests.
 
     Can go when `ray job submit` has a dry run.
     """

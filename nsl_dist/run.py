@@ -1,4 +1,4 @@
-"""A training run: what it does, and where everything in its folder lies. Needs neither torch nor Ray."""
+"""A training run and the layout of its folder. Imports neither torch nor Ray."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from nsl_dist.schedule import Schedule
 if TYPE_CHECKING:
     from nsl_dist.data.shards import Manifest
 
-# In the folder of a checkpoint:
-MODEL_FILE = "embedder.safetensors"  # the embedding model alone
-DESCRIPTION_FILE = "embedder.json"  # what rebuilds it
+# Files of a checkpoint:
+MODEL_FILE = "embedder.safetensors"  # weights of the embedding model only
+DESCRIPTION_FILE = "embedder.json"  # how to rebuild it
 OPTIMIZER_FILE = "optimizer.safetensors"
 RUN_FILE = "run.json"
-# In the folder of a run:
+# Files of a run:
 BEST = "best"
 RESULTS_FILE = "results.json"
 MLFLOW_ID_FILE = "mlflow_run_id"
@@ -33,14 +33,14 @@ RUN_VERSION = 1
 
 
 class TrainingError(RuntimeError):
-    """What ended a training and would end it again."""
+    """A training failed in a way that restarting it would not fix."""
 
 
 class StoppedError(RuntimeError):
-    """A training that was told to stop, and can go on.
+    """A training was stopped by a signal and can be continued.
 
     Attributes:
-        signal: that stopped it.
+        signal: number of the signal.
 
     """
 
@@ -54,12 +54,12 @@ class CheckpointRecord:
     """`run.json` of a checkpoint.
 
     Attributes:
-        step: iterations before the checkpoint.
+        step: number of iterations before the checkpoint.
         num_classes: rows of the class-proxy matrix, over all workers.
-        world_size: workers that wrote it, each its own rows.
-        digest: of the training data.
-        config: fields of the run's `TrainConfig`, perhaps of another release.
-        version: of this format; 0 before it had one.
+        world_size: number of workers that wrote it, each its own rows.
+        digest: digest of the training data.
+        config: fields of the run's `TrainConfig`, possibly from another release.
+        version: format version; 0 for files without one.
 
     """
 
@@ -72,11 +72,11 @@ class CheckpointRecord:
 
     @classmethod
     def read(cls, checkpoint: str) -> "CheckpointRecord":
-        """Read the record of a checkpoint; fields that this release does not know are ignored.
+        """Read the record of a checkpoint; unknown fields are ignored.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or of a newer format.
+            FileNotFoundError: the checkpoint has no record.
+            ValueError: the record is damaged or has a newer format.
 
         """
         location = storage.join(checkpoint, RUN_FILE)
@@ -95,10 +95,9 @@ class CheckpointRecord:
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
 
     def model_settings(self) -> TrainConfig:
-        """Return name, seed, model, data and precision of the run; everything else has its default.
+        """Return the run's name, seed, model, data and precision; everything else has its default.
 
-        That is all that using the model takes, so a checkpoint of another release can be used although its other
-        options have changed since.
+        Using the model requires no other options, so checkpoints of other releases work even if those have changed.
         """
         return TrainConfig(
             **{name: self.config[name] for name in ("run_name", "seed", "precision")},
@@ -112,12 +111,12 @@ def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows_file(rank: int, world_size: int) -> str:
-    """Return the name of one worker's part of the class proxies in a checkpoint."""
+    """Return the name of the file with one worker's rows of the class proxies in a checkpoint."""
     return f"proxies-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def unsent_file(storage_root: str, mlflow_run_id: str) -> str:
-    """Return the location of records that MLflow has not received yet."""
+    """Return the location of the records not yet sent to MLflow."""
     return storage.join(storage_root, "unsent", f"{mlflow_run_id}.json")
 
 
@@ -134,7 +133,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "RunFolder":
-        """Return the folder of the run that a configuration names."""
+        """Return the folder of the configured run."""
         return cls(storage.join(storage.absolute(config.storage), "runs", str(config.run_name)))
 
     @property
@@ -149,7 +148,7 @@ class RunFolder:
 
     @property
     def best(self) -> str:
-        """The best model among those evaluated."""
+        """The best evaluated model."""
         return self.file(BEST)
 
     @property
@@ -166,14 +165,17 @@ class RunFolder:
         return self.file(f"checkpoint_{step:09d}")
 
     def newest_checkpoint(self) -> tuple[str, int] | None:
-        """Return location and step of the newest complete checkpoint, if there is one."""
+        """Return the location and step of the newest complete checkpoint, or None."""
         for step in sorted(self._checkpoint_steps(), reverse=True):
             if _is_complete(self.checkpoint(step)):
                 return self.checkpoint(step), step
         return None
 
     def prune_checkpoints(self, *, keep: int | None) -> None:
-        """Delete incomplete checkpoints, which a crash leaves, and all complete ones but the newest `keep`."""
+        """Delete incomplete checkpoints, which a crash can leave, and all but the newest `keep` complete ones.
+
+        None keeps all complete checkpoints.
+        """
         filesystem, path = storage.resolve(self.location)
         steps = sorted(self._checkpoint_steps())
         complete = [step for step in steps if _is_complete(self.checkpoint(step))]
@@ -182,11 +184,11 @@ class RunFolder:
             filesystem.delete_dir(f"{path}/{self.checkpoint(step).rpartition('/')[2]}")
 
     def keep_best(self, step: int, *, recall: dict[int, float]) -> None:
-        """Copy the model of a checkpoint to `best`, unless the one there has a higher recall at the lowest K.
+        """Copy the model of a checkpoint to `best`, unless that has at least the same recall at the lowest K.
 
         Args:
-            step: of the checkpoint.
-            recall: by K, of float embeddings.
+            step: step of the checkpoint.
+            recall: recall of float embeddings by K.
 
         """
         checkpoint, scored = self.checkpoint(step), storage.join(self.best, "score.json")
@@ -198,20 +200,20 @@ class RunFolder:
         storage.write_bytes(scored, json.dumps({f"recall@{k}": share}).encode())
 
     def is_finished(self) -> bool:
-        """Tell whether the results are there."""
+        """Return whether the run has results."""
         return storage.exists(self.results)
 
     def begin(self, config: TrainConfig, *, digest: str, mlflow_run_id: str) -> None:
-        """Record what a run was started with; `mlflow_run_id` marks the record complete."""
+        """Record how the run was started; `mlflow_run_id` is written last and marks the record as complete."""
         storage.write_bytes(self.file(_CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
         storage.write_bytes(self.file(_DIGEST_FILE), digest.encode())
         storage.write_bytes(self.file(MLFLOW_ID_FILE), mlflow_run_id.encode())
 
     def started_with(self) -> TrainConfig | None:
-        """Return the configuration that a run was started with, None if it was not started yet.
+        """Return the configuration that the run was started with, or None if it has not started.
 
         Raises:
-            ValueError: it is of another release.
+            ValueError: the configuration is from another release.
 
         """
         location = self.file(_CONFIG_FILE)
@@ -220,20 +222,20 @@ class RunFolder:
         return config_from_dict(json.loads(storage.read_bytes(location)), location=location)
 
     def mlflow_run_id(self) -> str | None:
-        """Return MLflow's id of the run, None if it was not started yet."""
+        """Return MLflow's id of the run, or None if it has not started."""
         return self._read_text(MLFLOW_ID_FILE)
 
     def data_digest(self) -> str | None:
-        """Return the digest of the data that a run was started on, None if it was not started yet."""
+        """Return the digest of the run's training data, or None if it has not started."""
         return self._read_text(_DIGEST_FILE)
 
     def left_out_shards(self) -> list[str]:
-        """Return the shards that were found damaged during the run and whose classes it continues without."""
+        """Return the shards found damaged during the run, whose classes are left out from then on."""
         text = self._read_text(_LEFT_OUT_FILE)
         return list(json.loads(text)) if text is not None else []
 
     def leave_out(self, shards: list[str]) -> None:
-        """Record the shards whose classes the next attempt continues without."""
+        """Record the shards whose classes the next attempt leaves out."""
         storage.write_bytes(self.file(_LEFT_OUT_FILE), json.dumps(shards).encode())
 
     def _read_text(self, name: str) -> str | None:
@@ -247,14 +249,10 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose configuration is settled, as the driver, the workers and evaluations during training share it.
+    """A run with a settled configuration, shared by the driver, the workers and evaluations during training.
 
     Attributes:
-        config: with all that depends on the cluster filled in.
-        folder: of the run.
-        manifest: of its data.
-        schedule: of its iterations.
-        mlflow_run_id: of the MLflow run that tracks it.
+        config: the configuration, with everything that depends on the cluster filled in.
 
     """
 
@@ -269,7 +267,7 @@ def find_checkpoint(location: str) -> str:
     """Return the checkpoint at `location`, or the newest one if `location` is the folder of a run.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no checkpoint.
 
     """
     location = storage.absolute(location).rstrip("/")
@@ -285,19 +283,19 @@ def find_checkpoint(location: str) -> str:
 
 
 def _is_complete(checkpoint: str) -> bool:
-    """Tell whether all files of a checkpoint are there and not empty; each appears complete or not at all."""
+    """Return whether all files of a checkpoint exist and are not empty; each file appears complete or not at all."""
     there = {name for name, size in _sizes(checkpoint).items() if size}
     if RUN_FILE not in there:
         return False
     try:
         world_size = json.loads(storage.read_bytes(storage.join(checkpoint, RUN_FILE)))["world_size"]
     except (ValueError, KeyError):
-        return False  # damaged since
+        return False  # damaged after it was written
     rows = {rows_file(rank, world_size) for rank in range(world_size)}
     return there >= rows | {MODEL_FILE, DESCRIPTION_FILE, OPTIMIZER_FILE}
 
 
 def _sizes(location: str) -> dict[str, int | None]:
-    """Return the size in bytes of each file in a folder, None for each folder in it; nothing if it does not exist."""
+    """Return the size in bytes of each file in a folder (None for subfolders); empty if the folder does not exist."""
     filesystem, path = storage.resolve(location)
     return {info.base_name: info.size for info in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))}

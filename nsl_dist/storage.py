@@ -1,4 +1,4 @@
-"""Where files live: local paths and URIs, resolved the same way everywhere."""
+"""File access by local path or URI, resolved the same way everywhere."""
 
 import functools
 import os
@@ -12,24 +12,24 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-PATIENCE = 15 * 60  # seconds that storage may fail before the work does
+PATIENCE = 15 * 60  # seconds to keep retrying failing storage
 Result = TypeVar("Result")
-_PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@\s]*@")  # a secret key may have slashes; hdfs://host:8020/ is none
+_PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@\s]*@")  # a secret key may contain slashes; :8020/ is a port
 
 
 def absolute(location: str) -> str:
-    """Return a URI unchanged and a local path made absolute, `~` expanded."""
+    """Make a local path absolute and expand `~`; URIs are returned unchanged."""
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
-@functools.lru_cache(maxsize=1024)  # a new client of an object store at each call would connect anew
+@functools.lru_cache(maxsize=1024)  # a new object-store client would have to reconnect on each call
 def resolve(location: str) -> tuple[Any, str]:
-    """Return `(pyarrow filesystem, path within it)` of a local path or of any URI that pyarrow or fsspec knows.
+    """Return `(pyarrow filesystem, path within it)` for a local path or any URI that pyarrow or fsspec supports.
 
-    Credentials of object stores come from the environment, as each store's own client reads them.
+    Object-store credentials come from the environment, as read by each store's own client.
 
     Raises:
-        ValueError: the URI's scheme is unknown, or its fsspec client is not installed, or it holds a password.
+        ValueError: the URI's scheme is unknown, its fsspec client is not installed, or it contains a password.
 
     """
     location = absolute(location)
@@ -49,10 +49,10 @@ def resolve(location: str) -> tuple[Any, str]:
 
 
 def refuse_password(uri: str, *, instead: str) -> None:
-    """Refuse a password or secret key in a URI, which logs, results and the dashboard would show.
+    """Reject URIs with a password or secret key, which would appear in logs, results and the dashboard.
 
     Raises:
-        ValueError: there is one; the message does not hold it.
+        ValueError: the URI contains one; the message does not repeat it.
 
     """
     if _PASSWORD.search(uri):
@@ -60,7 +60,7 @@ def refuse_password(uri: str, *, instead: str) -> None:
 
 
 def without_password(text: str) -> str:
-    """Return a text with `***` for what stands before the host of a URI that holds a password."""
+    """Replace the credentials in URIs that contain a password by `***`."""
     return _PASSWORD.sub("://***@", text)
 
 
@@ -70,16 +70,16 @@ def join(location: str, *parts: str) -> str:
 
 
 def exists(location: str) -> bool:
-    """Tell whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     filesystem, path = resolve(location)
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def read_bytes(location: str) -> bytes:
-    """Read one whole file.
+    """Read a whole file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
 
     """
     filesystem, path = resolve(location)
@@ -88,7 +88,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def write_bytes(location: str, content: bytes) -> None:
-    """Write one whole file (see `open_output`)."""
+    """Write a whole file (see `open_output`)."""
     with open_output(location) as stream:
         stream.write(content)
 
@@ -101,18 +101,18 @@ def delete(location: str) -> None:
 
 @contextmanager
 def open_output(location: str) -> Iterator[Any]:
-    """Open a file for writing, its folders made as needed; it appears complete or not at all."""
+    """Open a file for writing, creating its folders as needed; it appears complete or not at all."""
     filesystem, path = resolve(location)
     filesystem.create_dir(os.path.dirname(path), recursive=True)
-    if not isinstance(filesystem, fs.LocalFileSystem):  # object stores show an object once it is closed
+    if not isinstance(filesystem, fs.LocalFileSystem):  # in object stores an object becomes visible on close
         opened = False
         try:
             with filesystem.open_output_stream(path) as stream:
                 opened = True
                 yield stream
         except BaseException:
-            if opened:  # and closed, with half of its content
-                with suppress(OSError):  # the first error is the one to tell
+            if opened:  # now closed, so it is visible with partial content
+                with suppress(OSError):  # report the original error instead
                     filesystem.delete_file(path)
             raise
         return
@@ -121,7 +121,7 @@ def open_output(location: str) -> Iterator[Any]:
         with filesystem.open_output_stream(str(partial)) as stream:
             yield stream
         with partial.open("rb") as file:
-            os.fsync(file)  # or a power cut may leave the name without the content
+            os.fsync(file)  # otherwise a power cut may leave an empty file under the final name
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -133,18 +133,15 @@ def _say(error: OSError) -> None:
 
 
 def patiently(work: Callable[[], Result], *, on_failure: Callable[[OSError], None] = _say) -> Result:
-    """Do some work with storage, again for a quarter of an hour where storage fails.
+    """Return the result of `work`, retrying for `PATIENCE` seconds while storage fails.
 
     Args:
-        work: may be done more than once.
-        on_failure: called each time that storage fails.
-
-    Returns:
-        What `work` does.
+        work: may be called more than once.
+        on_failure: called after each failure.
 
     Raises:
-        FileNotFoundError: at once; storage that says so has not failed.
-        OSError: it fails for longer.
+        FileNotFoundError: immediately, since a missing file is not a storage failure.
+        OSError: storage kept failing for longer.
 
     """
     failing_since: float | None = None
@@ -164,10 +161,10 @@ def patiently(work: Callable[[], Result], *, on_failure: Callable[[OSError], Non
 
 
 def check_writable(location: str) -> None:
-    """Write and delete a small file in a folder, made if it is missing.
+    """Check that a folder is writable by writing and deleting a small file; the folder is created if missing.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder is not writable.
 
     """
     probe = join(location, f".writable-{os.getpid()}")

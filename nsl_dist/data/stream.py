@@ -1,4 +1,4 @@
-"""The plan executed by Ray Data: class bags read, decoded and augmented wherever the cluster has CPUs."""
+"""Execute the sampling plan on Ray Data: read, decode and augment class bags on any free CPU in the cluster."""
 
 import math
 import os
@@ -19,32 +19,31 @@ from nsl_dist.data.shards import DamagedShardError, Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-# torch takes seconds to import: only the tasks that decode import it, not the coordinator of the split.
+# torch takes seconds to import, so only the decoding tasks import it, not the split coordinator.
 
-BLOCKS_AHEAD = 16  # per worker, that may wait in the object store
-MOST_STEPS = 32  # per block; the first step waits for all of them
-BLOCK_BYTES = 24 * 2**20  # at most, where several small batches make a block: each task costs time to schedule
-TASK_CPUS = 0.5  # two share a core: one has work while the other ends or waits for its next block
-COMPLETION_SECONDS = 0.03  # within which Ray Data notices that a task is done
-IDLE_SECONDS = 0.25  # after which Ray Data looks again while batches wait for the trainers
+BLOCKS_AHEAD = 16  # per worker, maximum number waiting in the object store
+MOST_STEPS = 32  # per block; the first step has to wait for the whole block
+BLOCK_BYTES = 24 * 2**20  # maximum; small batches share a block, since each task costs time to schedule
+TASK_CPUS = 0.5  # two tasks share a core: one works while the other finishes or waits for input
+COMPLETION_SECONDS = 0.03  # how quickly Ray Data notices finished tasks
+IDLE_SECONDS = 0.25  # how long Ray Data sleeps while batches wait for the trainers
 DATA_NICENESS = 10
 
 
 def _yield_to_training() -> None:
-    """Lower this thread's priority: on a core that both want, training goes first and batches wait ahead of it."""
+    """Lower this thread's priority so that training goes first when both compete for a core."""
     if os.getpriority(os.PRIO_PROCESS, 0) < DATA_NICENESS:
         os.setpriority(os.PRIO_PROCESS, 0, DATA_NICENESS)
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """How a stream is cut into blocks: one worker's parts of a few consecutive batches, made by one task.
+    """How a stream is split into blocks: one worker's parts of a few consecutive batches, made by one task.
 
     Attributes:
-        first_step: of the stream.
-        last_step: one past its last.
-        num_steps: batches of a block; the last block may have fewer.
-        part_size: images of one worker in a batch.
+        last_step: one past the last step of the stream.
+        num_steps: batches per block; the last block may have fewer.
+        part_size: images per worker and batch.
 
     """
 
@@ -63,16 +62,16 @@ class _Blocks:
 
     @property
     def count(self) -> int:
-        """Blocks of all workers."""
+        """Number of blocks, over all workers."""
         return math.ceil((self.last_step - self.first_step) / self.num_steps) * self.world_size
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a block."""
+        """Size of a full block in bytes."""
         return self.num_steps * self.part_size * self.image_bytes
 
     def place(self, turn: int) -> tuple[range, int]:
-        """Return the steps and the rank of a block; blocks are in the order of (steps, rank)."""
+        """Return the steps and the rank of a block; blocks are ordered by (steps, rank)."""
         begin = self.first_step + turn // self.world_size * self.num_steps
         return range(begin, min(begin + self.num_steps, self.last_step)), turn % self.world_size
 
@@ -89,21 +88,21 @@ def planned_batches(
 ) -> list[ray.data.DataIterator]:
     """Stream every worker's part of the batches `first_step` to `last_step - 1`.
 
-    With order preserved and whole blocks of equal size, the split hands blocks to the workers in turn. Every row
-    carries its step and rank, for the worker to check.
+    Since order is preserved and blocks have equal size, the split assigns blocks to the workers in turn. Each row
+    carries its step and rank, which the worker checks.
 
     Args:
-        plan: of the run.
-        split: that the plan draws from.
-        config: how images are made.
-        first_step: of the stream.
-        last_step: one past its last.
+        plan: decides the images of each batch.
+        split: the images that the plan draws from.
+        config: how images are decoded and augmented.
+        first_step: first step of the stream.
+        last_step: one past the last step of the stream.
         world_size: number of workers.
-        spare_cpus: whether the cluster has CPUs that no worker reserves. Without them, as many processes as workers
-            decode on the workers' CPUs, since tasks would wait for a CPU for ever.
+        spare_cpus: whether the cluster has CPUs that no worker reserves. If not, as many processes as workers decode on
+            the workers' CPUs, since tasks would wait for a free CPU forever.
 
     Returns:
-        For each rank an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
+        For each rank, an iterator of rows `image` (uint8 `[3, image_size, image_size]`), `step`, `rank`.
 
     """
     cluster.quiet_ray_data()
@@ -130,9 +129,9 @@ def planned_batches(
 
 def _execution_context(blocks: _Blocks) -> ray.data.DataContext:
     context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 2 * blocks.num_bytes + 2**20  # a split block would break the turn
-    context.memory_usage_poll_interval_s = None  # asking the kernel each second takes a quarter of a task's time
-    context.raise_original_map_exception = True  # else a damaged shard would be known by Ray's text alone
+    context.target_max_block_size = 2 * blocks.num_bytes + 2**20  # a split block would break the turn order
+    context.memory_usage_poll_interval_s = None  # polling each second takes a quarter of a task's time
+    context.raise_original_map_exception = True  # otherwise a damaged shard shows only in Ray's error text
     pace = ray_internals.pace(_yield_to_training, completion_seconds=COMPLETION_SECONDS, idle_seconds=IDLE_SECONDS)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, pace]
     context.execution_options.preserve_order = True
@@ -143,11 +142,11 @@ def _execution_context(blocks: _Blocks) -> ray.data.DataContext:
 
 
 def _actors_on_all_nodes(count: int) -> dict[str, Any]:
-    """Return options for actors that decode where no CPU is spare.
+    """Return options for actors that decode when there are no spare CPUs.
 
-    Ray ends processes beyond a node's CPUs after each task, but not an actor's. Ray Data gives no more work to actors
-    on a node that is about to be taken away, so they are spread over all nodes: Ray assigns actors that reserve
-    something to nodes in turn, but those that reserve nothing at random.
+    Ray stops task processes in excess of a node's CPUs after each task, but not actor processes. Ray Data assigns no
+    more work to actors on draining nodes, so the actors are spread over all nodes: Ray places actors that reserve a
+    resource round-robin, but those that reserve nothing at random.
     """
     nodes = [node["NodeID"] for node in cluster.live_nodes() if node["Resources"].get("CPU")]
     return {
@@ -186,16 +185,16 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tenso
     """Read, decode and resize the images of a planned batch.
 
     Args:
-        part: of the plan.
-        split: that it draws from.
-        config: how images are made.
-        crops_B4: of `crop_draws`.
+        part: the images, by class and index.
+        split: the images that the plan draws from.
+        config: how images are decoded and resized.
+        crops_B4: random crops to take, from `crop_draws`; None resizes whole images.
 
     Returns:
-        uint8 `[len(part.labels), 3, resized_edge, resized_edge]`; crops are `image_size` square.
+        uint8 `[len(part.labels), 3, resized_edge, resized_edge]`; with crops, both edges are `image_size`.
 
     Raises:
-        DamagedShardError: a shard cannot be read, or an image of it decoded.
+        DamagedShardError: a shard cannot be read, or one of its images cannot be decoded.
 
     """
     import torch
@@ -206,14 +205,14 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tenso
     images = torch.empty(len(part.labels), 3, edge, edge, dtype=torch.uint8)
     for label in np.unique(part.labels).tolist():
         bag = split.read_bag(label, ["image"])["image"]
-        # An image drawn twice is decoded once.
+        # Images drawn more than once are decoded only once.
         places_of: dict[int, list[int]] = {}
         for place in np.flatnonzero(part.labels == label).tolist():
             places_of.setdefault(int(part.indices[place]), []).append(place)
         for index, places in places_of.items():
             try:
                 image = decode(bag[index].as_py())
-            except ValueError as error:  # they were all decoded when the shards were written
+            except ValueError as error:  # all images could be decoded when the shards were written
                 name = split.shard_names[split.shards[label]]
                 where = f"{split.root}/{name}: image {index} of class {label}"
                 raise DamagedShardError(name, f"{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""What all training workers do together after an iteration: the same, at the same one."""
+"""Agreement between the training workers on what all of them do after the same iteration."""
 
 import time
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from nsl_dist import cluster
 from nsl_dist.config import TrainConfig
 from nsl_dist.training.records import ClusterChanged
 
-AGREE_EVERY_SECONDS = 2.0  # about: how often the workers ask whether to leave, or to write a checkpoint out of turn
+AGREE_EVERY_SECONDS = 2.0  # approximate interval at which the workers agree on what to do
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the workers do next; nothing out of turn by default."""
+    """What the workers do next; by default they just continue."""
 
     checkpoint: bool = False
     leave: bool = False
 
 
 class Agreement:
-    """What all workers do after the same iteration: write a checkpoint out of turn, or write one and leave."""
+    """Lets all workers write an extra checkpoint, or write one and leave, after the same iteration."""
 
     def __init__(self, config: TrainConfig, records: Queue, orders: Queue, *, first_step: int) -> None:
         self._records = records
@@ -36,24 +36,24 @@ class Agreement:
         fewest, most = config.worker_range or (1, 1)
         self._elastic = most > fewest
         self._nodes = self._live_nodes()
-        self._going: set[str] = set()  # nodes of the workers that are about to be taken away
+        self._going: set[str] = set()  # nodes with workers that are about to be taken away
 
     def reached(self, step: int) -> Agreed:
         """Return what to do after `step` iterations."""
         if step < self._next_step:
             return Agreed()
-        notice = ray.train.get_preemption_info()  # the same for all: every worker asks
+        notice = ray.train.get_preemption_info()  # every worker asks, and all get the same answer
         going = set(notice.preempted_node_ids) if notice is not None else set()
         answer = None
         if self._rank == 0:
             now = time.monotonic()
             due = self._minutes is not None and now - self._written_at >= 60 * self._minutes
             rate = (step - self._asked_step) / (now - self._asked_at)
-            # The first iterations after a start find batches waiting and say little about those to come.
+            # The first iterations after a start find batches waiting, so their rate says little about later ones.
             most = 2 * (step - self._asked_step)
             next_step = step + max(1, min(most, round(rate * AGREE_EVERY_SECONDS)))
             leave = not self._orders.empty()
-            # Ray Train soon starts the workers of an elastic run again, with those that new nodes have room for.
+            # When nodes join, Ray Train soon restarts an elastic run with more workers.
             nodes, before = self._live_nodes(), self._nodes
             grown = self._elastic and nodes - before
             self._nodes = nodes
@@ -63,7 +63,7 @@ class Agreement:
             if write:
                 self._written_at = now
             self._asked_at, self._asked_step = now, step
-            # Of plain types: Ray Train's actor between the workers would have to import this module, and with it torch.
+            # Plain types: Ray Train's synchronization actor would otherwise import this module, and with it torch.
             answer = (write, leave, next_step)
         self._going = going
         write, leave, self._next_step = ray.train.collective.broadcast_from_rank_zero(answer)

@@ -1,15 +1,15 @@
-"""One checkpoint format for any number of workers.
+"""A checkpoint format that does not depend on the number of workers.
 
-A checkpoint is a folder:
+A checkpoint is a folder with these files:
 
-- `embedder.safetensors` and `embedder.json`: the embedding model alone (see `nsl_dist.embedder`);
-- `optimizer.safetensors`: its momentum, and what the proxies left alone have missed;
-- `proxies-RANK-of-WORKERS.safetensors`: each worker's rows of the class proxies and of their optimiser's state, of
-  which any other number of workers reads its own by range;
+- `embedder.safetensors` and `embedder.json`: the embedding model only (see `nsl_dist.embedder`);
+- `optimizer.safetensors`: the model's momentum, and the updates that unsampled proxies have missed;
+- `proxies-RANK-of-WORKERS.safetensors`: each worker's rows of the class proxies and of their optimiser's state; any
+  other number of workers reads its own rows by range;
 - `run.json`: step, number of classes and workers, data digest and configuration.
 
-All random numbers of a run come from its seed, the step and the worker, so there is no random state to keep. A
-checkpoint whose files are all there is whole: each appears complete or not at all.
+All random numbers of a run are derived from its seed, the step and the worker, so there is no random state to save. A
+checkpoint is complete if all its files exist, since each file appears complete or not at all.
 """
 
 import dataclasses
@@ -39,17 +39,17 @@ from nsl_dist.run import (
 from nsl_dist.training.row_files import read_rows, write_rows
 from nsl_dist.training.step import TrainingStep
 
-HISTORY = "proxies."  # before the names of the proxies' history, beside those of parameters
+HISTORY = "proxies."  # name prefix that separates the proxies' history from model parameters
 
 
 class Checkpointer:
-    """Copies the state of one worker, then writes the copy beside the training.
+    """Copies the state of one worker, then writes the copy in the background while training continues.
 
-    The copy takes as much memory as the state: where the proxies lie in a file, another file.
+    The copy takes as much memory as the state; if the proxies are kept in a file, so is the copy.
 
     Args:
-        training: of this worker.
-        digest: of the training data.
+        training: this worker's model, proxies and optimisers.
+        digest: digest of the training data.
 
     """
 
@@ -64,7 +64,7 @@ class Checkpointer:
         self._optimizer: dict[str, Tensor] = {}
 
     def copy(self, *, step: int) -> None:
-        """Copy the state before iteration `step`, once the copy before is written.
+        """Copy the state before iteration `step`; waits until the previous copy is written.
 
         Raises:
             FloatingPointError: the state is not finite.
@@ -90,20 +90,20 @@ class Checkpointer:
                 )
 
     def write(self, location: str, *, on_failure: Callable[[OSError], None]) -> None:
-        """Write the copy into a folder or URI, the same for all workers: each its own rows, the first all the rest.
+        """Write the copy; each worker writes its own rows, and the first one also everything else.
 
-        Storage that fails is tried again (see `storage.patiently`); the next `copy` waits for it.
+        Failures of storage are retried (see `storage.patiently`), and the next `copy` waits until this one is written.
 
         Args:
-            location: of the checkpoint.
-            on_failure: called each time that storage fails.
+            location: folder or URI of the checkpoint, the same for all workers.
+            on_failure: called each time storage fails.
 
         Raises:
-            OSError: it fails for longer.
+            OSError: storage kept failing.
 
         """
         storage.patiently(lambda: self._write(location), on_failure=on_failure)
-        # Not before: Ray Train may try again what failed for longer, and the copy must still be of this step.
+        # Not if it failed: Ray Train may retry later, and the copy must still be of this step.
         self._written.set()
 
     def _write(self, location: str) -> None:
@@ -131,19 +131,19 @@ class Checkpointer:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one worker read of a checkpoint: the iteration to go on with, and the bytes."""
+    """What one worker loaded: the iteration to continue with, and the number of bytes read."""
 
     step: int
     num_bytes: int
 
 
 def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
-    """Load a checkpoint saved by any number of workers; each reads the model, and of the proxies its own rows.
+    """Load a checkpoint saved by any number of workers; each worker reads the model and its own rows of the proxies.
 
     Args:
-        location: folder or URI.
-        training: to load into.
-        digest: of the data that it trains on.
+        location: folder or URI of the checkpoint.
+        training: receives the loaded state.
+        digest: digest of the current training data.
 
     Raises:
         ValueError: the checkpoint belongs to other data or another number of classes, or it is damaged.
@@ -160,7 +160,7 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
             f"checkpoint {location} is of data {record.digest[:16]} with {record.num_classes} classes, this run "
             f"trains on {digest[:16]} with {partition.num_classes}; choose another --run-name"
         )
-    training.begin_phase(max(record.step - 1, 0))  # that of the step before, whose optimiser was saved
+    training.begin_phase(max(record.step - 1, 0))  # the saved optimiser is that of the previous step
     weights, content = read(MODEL_FILE), read(OPTIMIZER_FILE)
     load_weights(training.model, weights, location=location)
     try:
@@ -202,14 +202,14 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, training: TrainingStep) -> Tensor:
-    """Return memory for a copy of rows: of the host, where they lie in a file another file."""
+    """Return memory for a copy of rows: host memory, or another file if the rows are kept in one."""
     table = training.proxies.weight
     if table.placement == "disk" and tensor.ndim == 2 and len(tensor) > 0:
         memory = map_file(
             tensor.nbytes,
             directory=table.directory,
             what="class proxies for a checkpoint",
-            remedy="set --proxies.directory to a folder on a local disk with room for them twice",
+            remedy="set --proxies.directory to a folder on a local disk with room for two copies of them",
         )
         return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -1,4 +1,4 @@
-"""The training of a run by Ray Train, as its driver sees it: start, signals, failures, end."""
+"""The driver's side of training on Ray Train: start, signals, failures and end."""
 
 import dataclasses
 import functools
@@ -30,30 +30,30 @@ if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
 
 RESIZE_SECONDS = 30.0  # how often an elastic run looks for new nodes
-# Of glibc: what a step frees stays for the next; the kernel filling new pages with zeros takes a twentieth of a step.
+# glibc keeps freed memory for the next step; having the kernel zero new pages takes a twentieth of a step.
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-LEAVE_SECONDS = 10.0  # that a training which was told to stop may take to end once its checkpoint is written
+LEAVE_SECONDS = 10.0  # allowed for a stopped training to end once its checkpoint is written
 RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
-LASTING_ERRORS = (ValueError, FloatingPointError)  # found by workers; starting again would end in the same way
+LASTING_ERRORS = (ValueError, FloatingPointError)  # raised by workers; would recur after a restart
 
 
 def fit(run: Run, tracker: "Tracker", phases: Phases, *, monitor_nodes: bool) -> list[float]:
-    """Train on Ray Train to the last step; return the throughputs on the way, images/s.
+    """Train on Ray Train to the last step; return the measured throughputs in images/s.
 
     Args:
-        run: to train.
-        tracker: of its MLflow run.
-        phases: of its start; the last one ends with the first iteration.
+        run: the run to train or continue.
+        tracker: tracks the run in MLflow.
+        phases: start-up phases; the last one ends with the first iteration.
         monitor_nodes: track CPU, memory, network and GPUs of all nodes.
 
     Raises:
-        StoppedError: by SIGTERM or SIGINT.
-        TrainingError: what cannot be mended by starting again, or failed too often.
+        StoppedError: SIGTERM or SIGINT was received.
+        TrainingError: the failure is one that restarting would not fix, or there were more than `config.max_failures`.
 
     """
     from nsl_dist.tracking.nodes import NodeMetrics  # MLflow takes seconds to import
 
-    # On the driver's own node: the loss of another one must not take it away.
+    # The queues live on the driver's node, so that they survive the loss of any other.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     records, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     reporter = Reporter(records, tracker, run.schedule, phases)
@@ -80,7 +80,7 @@ def worker_resources(config: TrainConfig) -> dict[str, float]:
 
 
 def _train_until_done(run: Run, records: Queue, orders: Queue, reporter: Reporter) -> int | None:
-    """Train to the last step, starting Ray Train again where its own storage fails.
+    """Train to the last step, restarting Ray Train when its own storage access fails.
 
     Returns:
         The signal that stopped the training, if there was one.
@@ -111,7 +111,7 @@ def _train_until_done(run: Run, records: Queue, orders: Queue, reporter: Reporte
                     f"run {name} failed (--max-failures {max_failures}): {error}\n"
                     f"The same command with --run-name {name} continues from {newest[0] if newest else 'the start'}"
                 ) from error
-            # Storage failed where Ray Train keeps its own record, which it does not try twice.
+            # Ray Train does not retry when storage fails while it saves its own record.
             print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
 
 
@@ -119,9 +119,10 @@ def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
     config = run.config
     assert config.worker_range is not None
     fewest, most = config.worker_range
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # a notice may come 30 s before its node goes
+    # A notice may come only 30 s before the node is removed.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     if most > fewest:
-        # After the loss of a node Ray Train still counts it at first, and waits a minute for room for as many workers.
+        # Ray Train still counts a lost node at first, and by default waits a minute for room for as many workers.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     filesystem, path = storage.resolve(run.folder.parent)
     return TorchTrainer(
@@ -131,7 +132,7 @@ def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
             num_workers=(fewest, most) if most > fewest else fewest,
             use_gpu=config.device == "cuda",
             resources_per_worker=worker_resources(config),
-            # Gradients travel fastest within a node; threads of workers on CPUs share one.
+            # Gradients travel fastest within a node, but CPU workers on one node compete for its cores.
             placement_strategy="PACK" if config.device == "cuda" else "SPREAD",
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
@@ -152,14 +153,14 @@ def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    from nsl_dist.training.loop import train_worker  # here, so that driver and controller need not load it
+    from nsl_dist.training.loop import train_worker  # imported here to spare the driver and the controller
 
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train's own level spares the lines about each report
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO, which prints lines for each report
     train_worker(**arguments)
 
 
 def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, records: Queue) -> dict[str, float]:
-    """Evaluate the checkpoint after `step` iterations beside the training; return metrics for Ray Train to keep."""
+    """Evaluate the checkpoint after `step` iterations during training; return metrics for Ray Train to keep."""
     cluster.quiet_ray_data()
     config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, nmi=False))
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE)
@@ -170,7 +171,7 @@ def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, record
 
 
 class _StopAtLastingErrors(ray.train.UserCallback):
-    """Ends a run, in Ray Train's controller, at errors that starting the workers again would not mend."""
+    """Ends a run, in Ray Train's controller, on errors that restarting the workers would not fix."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         for error in worker_exceptions.values():
@@ -179,9 +180,9 @@ class _StopAtLastingErrors(ray.train.UserCallback):
 
 
 def drop_damaged_record(folder: RunFolder) -> None:
-    """Delete Ray Train's own record of a run's checkpoints if it was cut off or names one that is gone.
+    """Delete Ray Train's own record of a run's checkpoints if it is truncated or names a missing checkpoint.
 
-    Ray Train would refuse to start. The record only says which checkpoints to delete and which to evaluate.
+    Ray Train would refuse to start with it. The record only says which checkpoints to delete and which to evaluate.
     """
     location = folder.file(RAY_TRAIN_RECORD)
     if not storage.exists(location):
@@ -192,18 +193,18 @@ def drop_damaged_record(folder: RunFolder) -> None:
     except ValueError:
         damaged = True
     if damaged:
-        print(f"{location} is damaged; it is deleted, and the newest complete checkpoint is used", flush=True)
+        print(f"{location} is damaged; deleting it and continuing from the newest complete checkpoint", flush=True)
         storage.delete(location)
 
 
 def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Callable[[], bool]) -> int | None:
-    """Call `work` in a thread; answer SIGTERM and SIGINT by telling the workers to leave.
+    """Call `work` in a thread; on SIGTERM or SIGINT, tell the workers to leave.
 
-    A second signal ends the driver at once. Once the workers have left, `work` is not waited for much longer: Ray Train
-    would stay for all evaluations during training, which are done when the run continues.
+    A second signal ends the driver immediately. Once the workers have left, `work` gets only a few more seconds: Ray
+    Train would wait for all pending evaluations, which are done when the run continues.
 
     Returns:
-        The signal, if there was one.
+        The signal that was received, or None.
 
     """
     received: list[int] = []
@@ -222,7 +223,7 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
             done.set_exception(error)
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other may answer signals
+    if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         threading.Thread(target=run, daemon=True).start()

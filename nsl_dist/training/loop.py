@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 def train_worker(run: Run, records: Queue, orders: Queue) -> None:
-    """Train from the newest checkpoint, or from the start, to the end of the schedule.
+    """Train from the newest checkpoint, or from the beginning, to the end of the schedule.
 
     Args:
-        run: to train.
-        records: takes the records of rank 0 to the driver.
-        orders: anything in it tells the workers to write a checkpoint and leave.
+        run: the run to train or continue.
+        records: carries records from the workers to the driver.
+        orders: any item tells the workers to write a checkpoint and leave.
 
     """
     config, schedule = run.config, run.schedule
@@ -48,7 +48,7 @@ def train_worker(run: Run, records: Queue, orders: Queue) -> None:
     if start.step == schedule.num_steps:
         return
     batches = _Batches(run, start)
-    training, bytes_read = _build(run, start)  # while the first batch is made
+    training, bytes_read = _build(run, start)  # in parallel with making the first batch
     checkpoints = _Checkpoints(training, run, records)
     agreement = Agreement(config, records, orders, first_step=start.step)
 
@@ -84,10 +84,10 @@ class _Start:
     """Where an attempt starts.
 
     Attributes:
-        step: the first iteration.
-        checkpoint: to load; None starts from the beginning.
-        plan: of all batches.
-        streams: of the batches from `step` on, by rank; none if the training is done.
+        step: first iteration.
+        checkpoint: checkpoint to load; None to start from the beginning.
+        plan: plan of all batches, including those before `step`.
+        streams: by rank, the batches from `step` on; empty if training is complete.
 
     """
 
@@ -98,9 +98,9 @@ class _Start:
 
 
 def _agree_on_start(run: Run) -> _Start:
-    """Return where all workers start.
+    """Return the common starting point of all workers.
 
-    Rank 0 decides for all and opens the streams, so that they fit the step and the workers of this very attempt.
+    Rank 0 decides and opens the streams, so that they match the step and the workers of this attempt.
     """
     found: list[_Start | None] = [None]
     if dist.get_rank() == 0:
@@ -118,7 +118,7 @@ def _find_start(run: Run, *, world_size: int) -> _Start:
     plan = plan_of(split, run.config, left_out=run.folder.left_out_shards())
     if first_step == run.schedule.num_steps:
         return _Start(first_step, checkpoint, plan, [])
-    # In an elastic run the workers may have taken all CPUs of the cluster.
+    # In an elastic run the workers may occupy all CPUs of the cluster.
     num_cpus = sum(node["Resources"].get("CPU", 0) for node in cluster.live_nodes())
     streams = planned_batches(
         plan,
@@ -133,7 +133,7 @@ def _find_start(run: Run, *, world_size: int) -> _Start:
 
 
 def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassBalancedPlan:
-    """Return the plan of a run; no batch has classes of the shards `left_out`."""
+    """Return the plan of a run; no batch has classes from the `left_out` shards."""
     places = [place for place, name in enumerate(split.shard_names) if name in left_out]
     labels = np.flatnonzero(np.isin(split.shards, places)).tolist()
     return ClassBalancedPlan(
@@ -142,7 +142,7 @@ def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassB
 
 
 class _Batches:
-    """This worker's part of each batch, the first one requested at once."""
+    """This worker's part of each batch; the first one is requested immediately."""
 
     def __init__(self, run: Run, start: _Start) -> None:
         self._run = run
@@ -169,7 +169,7 @@ class _Batches:
 
 @contextmanager
 def _naming_damaged_shards(folder: RunFolder, most: int) -> Iterator[None]:
-    """Raise a damaged shard as itself; or, if it may be left out, record it for the next attempt."""
+    """Raise a damaged shard's own error or, if it may be left out, record the shard for the next attempt."""
     try:
         yield
     except Exception as error:
@@ -180,19 +180,19 @@ def _naming_damaged_shards(folder: RunFolder, most: int) -> Iterator[None]:
         if len(left_out) > most:
             raise damaged from None
         folder.leave_out(left_out)
-        raise RuntimeError(f"starting again without the classes of damaged {damaged}") from None
+        raise RuntimeError(f"restarting without the classes of damaged {damaged}") from None
 
 
 def _damaged_shard(error: BaseException | None) -> DamagedShardError | None:
-    """Find it among what Ray wrapped around it."""
+    """Find the error of a damaged shard inside Ray's wrappers."""
     while error is not None and not isinstance(error, DamagedShardError):
         error = getattr(error, "cause", None) or error.__cause__
     return error
 
 
 def _build(run: Run, start: _Start) -> tuple["TrainingStep", int]:
-    """Return this worker's model, proxies and optimisers, and the bytes that were read to load them."""
-    # Imported here, so that the first batch is read and decoded while the model's code loads.
+    """Return this worker's model, proxies and optimisers, and the number of bytes read to load them."""
+    # Imported here so that the first batch is read and decoded in the meantime.
     from nsl_dist.training import checkpoint
     from nsl_dist.training.step import TrainingStep
 
@@ -238,7 +238,7 @@ def _measure(run: Run, step: int, *, loss: float, accuracy: float, meter: Meter)
 
 
 class _Checkpoints:
-    """Writes checkpoints beside the training, and has some of them evaluated."""
+    """Writes checkpoints in the background and has some of them evaluated."""
 
     def __init__(self, training: "TrainingStep", run: Run, records: Queue) -> None:
         from nsl_dist.training.checkpoint import Checkpointer
@@ -249,7 +249,7 @@ class _Checkpoints:
         self._checkpointer = Checkpointer(training, digest=run.manifest.digest)
 
     def write_when_due(self, *, step: int, out_of_turn: bool) -> None:
-        """Write a checkpoint after `step` iterations if it is time for one, `out_of_turn` in any case."""
+        """Write a checkpoint after `step` iterations if one is due; `out_of_turn` forces it."""
         config, schedule = self._run.config, self._run.schedule
         last = step == schedule.num_steps
         evaluate = config.eval.every > 0 and step % (config.eval.every * schedule.steps_per_epoch) == 0 and not last
@@ -268,7 +268,7 @@ class _Checkpoints:
             checkpoint=ray.train.Checkpoint(path, filesystem=filesystem),
             checkpoint_dir_name=location.rpartition("/")[2],
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,  # there is none: it is written where it is to be
+            delete_local_checkpoint_after_upload=False,  # it is written to its final location
             checkpoint_upload_fn=functools.partial(self._write, step=step, waited=waited),
             validation=ray.train.ValidationTaskConfig(fn_kwargs={"step": step}) if evaluate else False,
         )

@@ -1,6 +1,6 @@
-"""What workers, evaluations during training and the node monitor tell the driver: one dataclass for each kind of news.
+"""Records sent to the driver by workers, evaluations during training and the node monitor.
 
-They pass through a queue in an actor, which imports this module: it must stay cheap to import.
+They pass through a queue actor that imports this module, so it must stay cheap to import.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,13 @@ from nsl_dist.retrieval.results import EvaluationResults
 
 @dataclass(frozen=True)
 class AttemptStarted:
-    """The workers have finished the first iteration since they were started.
+    """The workers have finished their first iteration since they were started.
 
     Attributes:
         step: that iteration, counted from 0.
-        world_size: number of workers.
-        checkpoint: that they started from; None: from the beginning.
-        bytes_read: of the checkpoint, by the first worker.
-        num_left_out: classes of damaged shards that the attempt does without.
+        checkpoint: the checkpoint they started from; None if they started from the beginning.
+        bytes_read: bytes of the checkpoint read by the first worker.
+        num_left_out: number of classes left out because their shards are damaged.
 
     """
 
@@ -33,7 +32,7 @@ class StepMetrics:
     """Progress after `step` iterations; rates are averages since the last report.
 
     Attributes:
-        seconds_left: until the last iteration; None after the first, which waits for the first batch.
+        seconds_left: estimated time to the last iteration; None after the first, which includes waiting for data.
 
     """
 
@@ -53,10 +52,10 @@ class CheckpointWritten:
     """A checkpoint is complete.
 
     Attributes:
-        step: iterations before it.
-        name: of its folder.
-        seconds: that writing took, beside the training.
-        waited: seconds that the training waited for the copy.
+        step: number of iterations before it.
+        name: name of its folder.
+        seconds: time to write it in the background.
+        waited: seconds that training waited for the copy.
 
     """
 
@@ -76,7 +75,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class ClusterChanged:
-    """Nodes have joined or left; `described` says in words what the cluster has now."""
+    """Nodes have joined or left; `described` is the new size of the cluster in words."""
 
     step: int
     described: str
@@ -84,14 +83,14 @@ class ClusterChanged:
 
 @dataclass(frozen=True)
 class NodeMeasured:
-    """Metrics of one node by MLflow's names."""
+    """Metrics of one node, by MLflow metric name."""
 
     metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Warned:
-    """A worker has trouble that does not stop it."""
+    """A worker has a problem that does not stop it."""
 
     step: int
     text: str
@@ -99,7 +98,7 @@ class Warned:
 
 @dataclass(frozen=True)
 class Left:
-    """The workers have left after `step` iterations, as they were told to, with a checkpoint."""
+    """The workers left as ordered after `step` iterations, with a checkpoint."""
 
     step: int
 

@@ -1,4 +1,4 @@
-"""Shows what workers report as plain lines or a progress bar, and tracks it in MLflow."""
+"""Show records from the workers as plain lines or a progress bar, and track them in MLflow."""
 
 import dataclasses
 import sys
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Takes records from a queue in a thread of its own until it is closed.
+    """Takes records from a queue in its own thread until it is closed.
 
-    Iterations that are repeated after a failure are shown, but not tracked again. A record that cannot be shown or
-    tracked is lost with a warning, now and when the reporter is closed; the others are not.
+    Iterations repeated after a failure are shown but not tracked again. A record that cannot be shown or tracked is
+    skipped with a warning, which is repeated on close.
 
     Args:
-        records: queue of `Record`; None in it ends the thread.
-        phases: of the start of the run; the last one ends with the first iteration.
+        records: queue of `Record`; None ends the thread.
+        phases: start-up phases; the last one ends with the first iteration.
 
     Attributes:
-        rates: throughputs so far, images/s.
-        left_at: iterations after which the workers left as they were told to; None: they have not.
+        rates: throughputs so far, in images/s.
+        left_at: number of iterations after which the workers left as ordered; None if they have not.
 
     """
 
@@ -58,7 +58,7 @@ class Reporter:
         self._thread.start()
 
     def close(self) -> None:
-        """Report the records that are left, and how many were lost."""
+        """Report the remaining records, and how many could not be shown or tracked."""
         self._records.put(None)
         self._thread.join()
         if self._lost:
@@ -72,7 +72,7 @@ class Reporter:
         while (record := self._records.get()) is not None:
             try:
                 self._take(record)
-            except Exception as error:  # whatever it is, the records after it must not be lost
+            except Exception as error:  # whatever the error is, later records must not be lost
                 self._lost.append(f"{type(record).__name__}: {error!r}")
                 print(f"warning: a record could not be shown or tracked: {self._lost[-1]}", flush=True)
 
@@ -83,7 +83,7 @@ class Reporter:
             case StepMetrics():
                 self._show_step(record)
             case CheckpointWritten(step, name, seconds, waited):
-                self._say(step, f"{name} written in {seconds:.1f} s, for which training waited {waited:.2f} s")
+                self._say(step, f"{name} written in {seconds:.1f} s; training waited {waited:.2f} s for it")
                 self._tracker.log({"checkpoint_wait_seconds": waited}, step=step)
             case Evaluated(step, results):
                 self._say(step, results.recall_line())
@@ -102,7 +102,7 @@ class Reporter:
         print(f"step {step:,}: {text}", flush=True)
 
     def _show_attempt(self, attempt: AttemptStarted) -> None:
-        """Say where and how training starts, or continues after a failure."""
+        """Print where training starts, or continues after a failure."""
         self._num_attempts += 1
         where = f"on {counted(attempt.world_size, 'worker')}"
         if attempt.checkpoint is not None:
@@ -118,7 +118,7 @@ class Reporter:
             silence = duration(time.monotonic() - self._seen_at)
             self._say(
                 attempt.step + 1,
-                f"training continues {where}, {silence} after the last sign of the workers before; at least "
+                f"training continues {where}, {silence} after the last report of the previous workers; at least "
                 f"{counted(again, 'step')} repeated",
             )
 

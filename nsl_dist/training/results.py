@@ -1,4 +1,4 @@
-"""What a training found, as `results.json` of its run holds it. Needs neither Ray nor torch."""
+"""Results of a training run, as stored in its `results.json`. Imports neither Ray nor torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,19 +8,18 @@ from nsl_dist.retrieval.results import EvaluationResults
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResults:
-    """A finished training.
+    """Results of a finished training run.
 
     Attributes:
-        evaluation: of the trained model.
-        untrained: evaluation before the first iteration; None: there was none.
-        run_name: the run's folder.
-        mlflow_run_id: MLflow's id of the run.
-        steps: iterations.
-        seconds: by phase ("setup", "train", "evaluate").
-        train_images_per_second: median throughput; None: the training was too short to measure it.
+        evaluation: evaluation of the trained model.
+        untrained: evaluation before the first iteration, if requested.
+        run_name: name of the run and of its folder.
+        steps: number of iterations.
+        seconds: duration by phase ("setup", "train", "evaluate").
+        train_images_per_second: median throughput; None if training was too short to measure it.
         data: digest, source and splits.
-        left_out_shards: damaged shards whose classes were not trained on.
-        config: of the run, as JSON.
+        left_out_shards: damaged shards whose classes were left out of training.
+        config: configuration of the run in JSON form.
 
     """
 
@@ -36,9 +35,9 @@ class TrainingResults:
     config: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what JSON can hold: the evaluation's keys beside those of the training.
+        """Return a JSON-compatible dict with the keys of the evaluation and of the training.
 
-        `seconds` are the training's; those of the evaluation are `evaluation_seconds`.
+        `seconds` is for the whole run; the evaluation's are under `evaluation_seconds`.
         """
         untrained = {"untrained": self.untrained.to_json()} if self.untrained is not None else {}
         evaluation = self.evaluation.to_json()
@@ -56,7 +55,7 @@ class TrainingResults:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "TrainingResults":
-        """Return what `to_json` was called on; other keys of `content` are ignored."""
+        """Restore results from the output of `to_json`; unknown keys are ignored."""
         own = ("run_name", "mlflow_run_id", "steps", "seconds", "train_images_per_second", "data", "left_out_shards")
         return cls(
             evaluation=EvaluationResults.from_json(content | {"seconds": content["evaluation_seconds"]}),

@@ -1,4 +1,4 @@
-"""A training from the first check to the results, as its driver sees it."""
+"""A complete training run on the driver, from the first checks to the results."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ from nsl_dist.training.results import TrainingResults
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
 
-# CPUs beside the training workers: one to decode; for evaluation during training one to embed and one to decode for it.
+# CPUs besides the training workers': one to decode, and for evaluation during training one each to decode and embed.
 DATA_CPUS = 1
 MID_RUN_EVAL_CPUS = 2
 
@@ -43,14 +43,14 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
     """Train and evaluate, show progress and results, and write `results.json`.
 
     Args:
-        config: of the run.
-        of_study: one of many, which writes no report and does not monitor the nodes.
+        config: configuration of the run.
+        of_study: the run is one of many, so it writes no report and does not monitor the nodes.
 
     Raises:
-        FileNotFoundError: the data is not there.
-        ValueError: configuration, data, storage or cluster cannot give this run; nothing was trained.
-        StoppedError: by SIGTERM or SIGINT.
-        TrainingError: what cannot be mended by starting again, or failed more often than `config.max_failures`.
+        FileNotFoundError: the data does not exist.
+        ValueError: the configuration, data, storage or cluster does not allow this run; nothing was trained.
+        StoppedError: SIGTERM or SIGINT was received.
+        TrainingError: the failure is one that restarting would not fix, or there were more than `config.max_failures`.
 
     """
     called_at = time.time()
@@ -98,16 +98,16 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
 
 
 def _check(config: TrainConfig) -> tuple[TrainConfig, Layout]:
-    """Check what can be checked before anything is started.
+    """Check whatever can be checked before starting anything.
 
     Returns:
-        The configuration with name, absolute storage and, for a run that continues, what it was started with; and the
-        layout of its data.
+        The configuration with its run name, absolute storage path and, if the run continues, the settings it was
+        started with; and the layout of its data.
 
     """
     config = dataclasses.replace(
         config,
-        storage=storage.absolute(config.storage),  # the same place for every process
+        storage=storage.absolute(config.storage),  # processes may have different working directories
         run_name=config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
     )
     layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
@@ -118,7 +118,7 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, Layout]:
 
 
 def as_started(config: TrainConfig) -> TrainConfig:
-    """Fill in what the command of a run that continues leaves to the cluster, whose nodes may not all be there yet."""
+    """Fill in a continued run's cluster-dependent settings as it was started, since some nodes may not be up yet."""
     before = RunFolder.of(config).started_with()
     if before is None:
         return config
@@ -131,18 +131,18 @@ def as_started(config: TrainConfig) -> TrainConfig:
 
 
 def refuse_to_change(config: TrainConfig) -> None:
-    """Refuse to continue a run with options that would make another run of it.
+    """Refuse to continue a run with incompatible options.
 
     Raises:
-        ValueError: with the differences.
+        ValueError: the options differ; the message lists the differences.
 
     """
     before = RunFolder.of(config).started_with()
     changed = differences(before, config) if before else []
     if changed:
         raise ValueError(
-            f"run {config.run_name} was started otherwise: {'; '.join(changed)}; give the same to continue it, or "
-            "choose another --run-name"
+            f"run {config.run_name} was started with other options: {'; '.join(changed)}; use the same ones to "
+            "continue it, or choose another --run-name"
         )
 
 
@@ -165,11 +165,11 @@ def _connect(config: TrainConfig, folder: RunFolder) -> "Tracker":
     refuse_to_change(config)
     _, most_workers = config.worker_range or (1, 1)
     cluster.connect(num_cpus=cpus_needed(config, most_workers))
-    return opening.result()  # a wrong URI comes out before nodes are requested
+    return opening.result()  # reports a wrong URI before nodes are requested
 
 
 def _refuse_to_train_again(config: TrainConfig, folder: RunFolder, opening: "Future[Tracker]") -> None:
-    """Refuse to continue a run that is finished; MLflow is sent what it may still lack of it.
+    """Refuse to continue a finished run, after sending any unsent records to MLflow.
 
     Raises:
         ValueError: the run is finished.
@@ -184,15 +184,15 @@ def _refuse_to_train_again(config: TrainConfig, folder: RunFolder, opening: "Fut
 
 
 def cpus_needed(config: TrainConfig, num_workers: int) -> int:
-    """Return the CPUs that a run needs: its training workers' and those beside."""
+    """Return the CPUs that a run needs for training, decoding and evaluation."""
     return num_workers * config.cpus_per_worker + DATA_CPUS + (MID_RUN_EVAL_CPUS if config.eval.every else 0)
 
 
 def _settle(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on the cluster, once it has room for the run.
+    """Wait until the cluster has room for the run, and fill in the settings that depend on the cluster.
 
     Raises:
-        ValueError: it has none, or does not say how many workers to start.
+        ValueError: there is no room, or the number of workers cannot be determined.
 
     """
     _, gpus = cluster.totals()
@@ -201,10 +201,10 @@ def _settle(config: TrainConfig) -> TrainConfig:
         raise ValueError("--model.batch-norm sync needs GPUs; choose local or frozen")
     if device == "cuda" and not gpus and config.num_workers is None:
         raise ValueError(
-            "the cluster has no GPUs; if it can add nodes with them, say for how many --num-workers; else --device cpu"
+            "the cluster has no GPUs; if it can add GPU nodes, set --num-workers; otherwise use --device cpu"
         )
     batch_size = config.data.batch_size
-    # Of the cluster's GPUs as many as share the batch evenly.
+    # Use as many GPUs as divide the batch evenly.
     most_workers = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0) if device == "cuda" else 1
     config = dataclasses.replace(config, device=device, num_workers=config.num_workers or most_workers)
     fewest, most = _worker_range(config)
@@ -218,7 +218,7 @@ def _settle(config: TrainConfig) -> TrainConfig:
         fix="lower --num-workers or --cpus-per-worker, or add nodes",
     )
     if config.threads is None:
-        # A node may be less than a machine, and a Ray of our own have more CPUs than its machine.
+        # A node may be only part of a machine, and a local Ray may have more CPUs than its machine has cores.
         cores, (cpus, _) = os.cpu_count() or 1, cluster.totals()
         threads = max(1, min(cores // math.ceil(most / len(cluster.live_nodes())), cpus // most))
         config = dataclasses.replace(config, threads=threads)
@@ -226,17 +226,17 @@ def _settle(config: TrainConfig) -> TrainConfig:
 
 
 def _worker_range(config: TrainConfig) -> tuple[int, int]:
-    """Return the fewest and the most training workers of a settled configuration."""
+    """Return the minimum and maximum number of training workers of a settled configuration."""
     assert config.worker_range is not None
     return config.worker_range
 
 
 def _open_data(config: TrainConfig, folder: RunFolder, layout: Layout) -> Manifest:
-    """Open the data, preparing it first where needed, while a task tries out the model of a new run."""
+    """Open the data, preparing it if needed; for a new run, a task checks the model at the same time."""
     check = ray.remote(check_model).remote(config) if folder.newest_checkpoint() is None else None
     if config.data.root is None:
         print(
-            "No --data.root: training on built-in synthetic products, rendered once. For the real data set:\n"
+            "No --data.root: training on built-in synthetic products, rendered once. To use the real data set:\n"
             "  python jobs/train_sop.py --recipe sop_resnet50 --data.root /path/to/Stanford_Online_Products",
             flush=True,
         )
@@ -249,10 +249,10 @@ def _open_data(config: TrainConfig, folder: RunFolder, layout: Layout) -> Manife
 
 
 def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "Tracker") -> Run:
-    """Start the run in MLflow, or continue it there if it was interrupted.
+    """Start the run in MLflow, or resume it there if it was interrupted.
 
     Raises:
-        ValueError: it trained on other data before.
+        ValueError: the interrupted run was trained on other data.
 
     """
     split = manifest.split("train")
@@ -260,7 +260,7 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
     schedule = Schedule(config.optim, plan.steps_per_epoch)
     mlflow_run_id = folder.mlflow_run_id()
     if mlflow_run_id is None:
-        commit = cluster.job_metadata().get("git_commit") or None  # see Makefile
+        commit = cluster.job_metadata().get("git_commit") or None  # set in the Makefile
         tracker.start(config, manifest, cluster=cluster.described(), git_commit=commit)
         folder.begin(config, digest=manifest.digest, mlflow_run_id=tracker.run_id)
     else:
@@ -275,7 +275,7 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
 
 
 def _announce(run: Run, tracker: "Tracker") -> None:
-    """Say what the run will do before it does it."""
+    """Print a summary of the run before it starts."""
     lines = {
         "run": f"{run.config.run_name} (recipe {run.config.recipe}, seed {run.config.seed})",
         **_described_data(run.manifest),
@@ -292,9 +292,9 @@ def _described_data(manifest: Manifest) -> dict[str, str]:
     train, test = manifest.splits["train"], manifest.splits[query]
     searched = ""
     if query != gallery:
-        searched = f", looked for among {manifest.splits[gallery]['num_images']:,} of the {gallery}"
+        searched = f", searched among {manifest.splits[gallery]['num_images']:,} of the {gallery}"
     elif test["num_singletons"]:
-        searched = f", {test['num_singletons']:,} with one image, sure misses"
+        searched = f", {test['num_singletons']:,} with a single image, always missed"
     return {
         "data": f"{manifest.root} (digest {manifest.digest[:16]})",
         "train": f"{train['num_images']:,} images of {train['num_classes']:,} classes",
@@ -345,18 +345,18 @@ def _described_work(run: Run) -> dict[str, str]:
 
 @contextmanager
 def _tracking_the_end(run: Run, tracker: "Tracker") -> Iterator[None]:
-    """Tell MLflow of a run that fails or is stopped."""
+    """Report to MLflow if the run fails or is stopped."""
     try:
         yield
     except BaseException as error:
         tracker.finish(status="KILLED" if isinstance(error, StoppedError) else "FAILED")
-        if isinstance(error, (ValueError, FileNotFoundError)):  # no user's mistake any more: show where it happened
+        if isinstance(error, (ValueError, FileNotFoundError)):  # no longer a user error: show the stack trace
             raise RuntimeError(f"run {run.folder.name} failed") from error
         raise
 
 
 def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> EvaluationResults:
-    """Evaluate the checkpoint after `step` iterations, for 0 the model that training starts from."""
+    """Evaluate the checkpoint after `step` iterations; 0 is the untrained model."""
     num_gpus = _worker_range(run.config)[0] if run.config.device == "cuda" else 0
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE) if step else None
     evaluation = evaluate(weights, run.config, run.manifest, num_gpus=num_gpus)
@@ -369,7 +369,7 @@ def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> EvaluationResults:
 
 
 def _finish(run: Run, results: TrainingResults, tracker: "Tracker") -> None:
-    """Write the results, with which the run is finished; last, so that a run that is cut off before can continue."""
+    """Finish the run; the results are written last, so a run interrupted before that can continue."""
     content = json.dumps(results.to_json(), indent=1)
     tracker.log_file(RESULTS_FILE, content)
     run.folder.prune_checkpoints(keep=run.config.checkpoint.keep)
@@ -378,7 +378,7 @@ def _finish(run: Run, results: TrainingResults, tracker: "Tracker") -> None:
 
 
 def _report(run: Run, results: TrainingResults, tracker: "Tracker") -> bool:
-    """Write and track the report of a finished run; tell whether there is one."""
+    """Write and track the report of a finished run; return whether there is one."""
     files = write_report(
         run.folder.location,
         results.evaluation,
@@ -397,8 +397,11 @@ def _report(run: Run, results: TrainingResults, tracker: "Tracker") -> bool:
 def _register(name: str, run: Run, tracker: "Tracker") -> None:
     try:
         print(f"registered: {tracker.register(run.folder.best, name=name)}", flush=True)
-    except ValueError as error:  # the run is finished all the same
-        print(f"{error}; later: python jobs/export.py --checkpoint {run.folder.best} --register {name}", flush=True)
+    except ValueError as error:  # the run is finished anyway
+        print(
+            f"{error}; to register it later: python jobs/export.py --checkpoint {run.folder.best} --register {name}",
+            flush=True,
+        )
 
 
 def _show_results(run: Run, results: TrainingResults, tracker: "Tracker", *, has_report: bool) -> None:

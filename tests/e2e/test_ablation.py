@@ -52,4 +52,4 @@ def test_a_study_trains_each_setting_once(
     with pytest.raises(SystemExit) as ended:
         job(monkeypatch, "ablate", *flags, "--optim.lr=0.5")
     assert ended.value.code == 2
-    assert "run study-with-seed-0 was started otherwise: --optim.lr" in capsys.readouterr().err
+    assert "run study-with-seed-0 was started with other options: --optim.lr" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_output_says_what_it_does_and_found(trained: TrainedRun) -> None:
     for text in (
         "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 2 x evaluation in mid-run (1 CPU)",
         "140 images of 20 classes",
-        "41 images of 9 unseen classes, 1 with one image, sure misses",
+        "41 images of 9 unseen classes, 1 with a single image, always missed",
         "20 x 16, 50% sampled in each iteration; each worker keeps 10 in float32, 0.0 MiB with the state of sgd",
         "4 classes x 5 images = 20, 10 on each worker",
         "step 14/14",
@@ -167,7 +167,7 @@ def test_a_batch_of_more_classes_than_there_are_ends_the_job(
         (TrainConfig(num_workers=20), r"can add no nodes for 20 x training \(1 CPU\), 1 x reading \(1 CPU\); lower"),
         (
             TrainConfig(device="cuda"),
-            r"the cluster has no GPUs; if it can add nodes with them, say for how many --num-workers",
+            r"the cluster has no GPUs; if it can add GPU nodes, set --num-workers",
         ),
         (
             TrainConfig(device="cuda", num_workers=2),
