@@ -279,7 +279,7 @@ def ssh_machine(tmp_path: Path) -> Iterator[SSHMachine]:
         environment["PATH"] = f"{shims}:{environment['PATH']}"
         yield SSHMachine(environment | {"RAY_AUTH_MODE": "token"}, tmp_path / "key")
     finally:
-        server.terminate()
+        server.kill()  # unshare ignores SIGTERM while its child lives; with it goes all that runs in the namespace
         server.wait(PATIENCE)
 
 
