@@ -236,7 +236,7 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     assert (settled.device, settled.num_workers, settled.threads) == ("cpu", 2, 3)
     assert as_started(dataclasses.replace(config, num_workers=4)).num_workers == 4
     changed = dataclasses.replace(config, optim=OptimConfig(lr=0.02), proxies=ProxyConfig(sample_rate=0.1))
-    with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; give the same"):
+    with pytest.raises(ValueError, match=r"--proxies.sample-rate 1.0 -> 0.1; --optim.lr 0.01 -> 0.02; use the same"):
         refuse_to_change(changed)
     Path(folder.file("config.json")).write_text(json.dumps(dataclasses.asdict(config) | {"margin": 0.1}))
     with pytest.raises(ValueError, match=r"config.json is of another release of nsl_dist: .* TrainConfig: margin"):
