@@ -189,7 +189,14 @@ class Tracker:
             source=json.dumps({"root": manifest.root, "source": manifest.source}),
             profile=json.dumps(manifest.splits),
         )
-        self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
+        try:
+            self._client.log_inputs(self.run_id, inputs)
+        except mlflow.exceptions.MlflowException as error:
+            # MLflow looks for the data set, then inserts it: of two trials that start together, one finds it taken.
+            if "unique" not in str(error).lower():
+                raise
+            self._client.log_inputs(self.run_id, inputs)
 
     def _log_params(self, params: dict[str, Any]) -> None:
         self._client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in params.items()])
