@@ -315,7 +315,7 @@ def test_ray_datas_loop_is_paced(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, progress = [], []
 
     with contract(ray_internals.pace):
-        loop = sys.modules["ray.data._internal.execution.streaming_executor_state"]
+        loop = importlib.import_module("ray.data._internal.execution.streaming_executor_state")
         assert "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in inspect.getsource(loop.process_completed_tasks)
         monkeypatch.setattr(loop, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", loop.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S)
         paced = ray_internals.pace(lambda: steps.append(1), completion_seconds=0.07, idle_seconds=0.01)
