@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from nsl_dist import ray_internals
-from nsl_dist.progress import duration
+from nsl_dist.progress import counted, duration
 
 OBJECT_STORE_BYTES = 2 * 2**30  # for a local Ray; holds the batches waiting for training
 START_ATTEMPTS = 4  # for a local Ray
@@ -253,5 +253,4 @@ def _is_busy() -> bool:
 def described() -> str:
     """Return the size of the cluster in words."""
     cpus, gpus = totals()
-    nodes = len(live_nodes())
-    return f"{cpus} CPUs and {gpus} GPUs on {nodes} node{'' if nodes == 1 else 's'}"
+    return f"{cpus} CPUs and {gpus} GPUs on {counted(len(live_nodes()), 'node')}"

@@ -19,6 +19,7 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.recipes import cars196_resnet50, sop_resnet50
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.step import TrainingStep
+from tests.support.networks import remove_kinks
 from tests.support.ranks import Ranks
 
 NUM_CLASSES, DIM, EDGE = 41, 64, 32  # classes that neither 2 nor 3 workers share evenly
@@ -78,16 +79,6 @@ class Paper:
         loss.backward()
         self.optimizer.step()
         return loss.item()
-
-
-def remove_kinks(network: nn.Module) -> None:
-    """Replace ReLU and max-pooling: a rounding error decides on which side of a kink a value lies."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.GELU())
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(3, 2, 1))
 
 
 def spread_weights(network: nn.Module, *, frozen: bool) -> None:

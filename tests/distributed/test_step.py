@@ -20,6 +20,7 @@ from nsl_dist.training import checkpoint
 from nsl_dist.training.step import TrainingStep
 from tests.support.checkpoints import write_step
 from tests.support.images import encode
+from tests.support.networks import remove_kinks
 from tests.support.ranks import Ranks
 
 CONFIG = TrainConfig(
@@ -79,16 +80,6 @@ def train(
     if last_step == NUM_STEPS:
         training.proxies.complete(step=last_step)
     return training
-
-
-def remove_kinks(model: torch.nn.Module) -> None:
-    """Replace ReLU and max-pooling, whose gradients jump at zero and make much of a rounding error."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.ReLU):
-                setattr(module, name, torch.nn.GELU())
-            elif isinstance(child, torch.nn.MaxPool2d):
-                setattr(module, name, torch.nn.AvgPool2d(3, 2, 1))
 
 
 def state_of(training: TrainingStep) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.transforms import normalise
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.step import TrainingStep
+from tests.support.networks import remove_kinks
 
 CONFIG = TrainConfig(
     precision="float32",
@@ -40,12 +41,7 @@ def training_step(device: torch.device, config: TrainConfig = CONFIG) -> Trainin
     """Return a step whose gradients are continuous: at ReLU's and max-pooling's jumps a rounding error counts much."""
     schedule = Schedule(config.optim, PLAN.steps_per_epoch)
     training = TrainingStep(config, num_classes=PLAN.num_classes, schedule=schedule, device=device)
-    for module in list(training.model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.GELU())
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(3, 2, 1))
+    remove_kinks(training.model)
     return training
 
 
