@@ -68,9 +68,9 @@ def train_worker(run: Run, records: Queue, orders: Queue) -> None:
             num_left_out = len(start.plan.left_out)
             records.put(AttemptStarted(step, dist.get_world_size(), start.checkpoint, bytes_read, num_left_out))
         if shown:
-            metrics = _measure(run, step, loss=loss.item(), accuracy=accuracy.item(), meter=meter)
+            value = _finite(loss, step)
             if rank == 0:
-                records.put(metrics)
+                records.put(_measure(run, step, loss=value, accuracy=accuracy.item(), meter=meter))
         agreed = agreement.reached(step + 1)
         checkpoints.write_when_due(step=step + 1, out_of_turn=agreed.checkpoint)
         if agreed.leave:
@@ -217,15 +217,21 @@ def _build(run: Run, start: _Start) -> tuple["TrainingStep", int]:
     return training, loaded.num_bytes
 
 
-def _measure(run: Run, step: int, *, loss: float, accuracy: float, meter: Meter) -> StepMetrics:
-    """Return the metrics after iteration `step`.
+def _finite(loss: Tensor, step: int) -> float:
+    """Return the loss of iteration `step`.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: it is not finite.
 
     """
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}; start another run with a lower --optim.lr")
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {step}; start another run with a lower --optim.lr")
+    return value
+
+
+def _measure(run: Run, step: int, *, loss: float, accuracy: float, meter: Meter) -> StepMetrics:
+    """Return the metrics after iteration `step`."""
     lr = run.schedule.learning_rate(step)
     return StepMetrics(
         step=step + 1,
