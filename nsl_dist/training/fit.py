@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
-from nsl_dist.progress import Phases
+from nsl_dist.progress import Phases, output
 from nsl_dist.retrieval.evaluation import evaluate
 from nsl_dist.run import MODEL_FILE, Run, RunFolder, StoppedError, TrainingError
 from nsl_dist.training.records import Evaluated, NodeMeasured
@@ -164,7 +164,8 @@ def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, record
     cluster.quiet_ray_data()
     config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, nmi=False))
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE)
-    results = evaluate(weights, config, run.manifest, num_gpus=0)  # training holds the GPUs
+    with output("quiet"):  # Ray would print its progress with a prefix, between the lines of the training
+        results = evaluate(weights, config, run.manifest, num_gpus=0)  # training holds the GPUs
     run.folder.keep_best(step, recall=results.recall["float"])
     records.put(Evaluated(step, results))
     return results.metrics_by_name()

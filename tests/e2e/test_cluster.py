@@ -33,6 +33,7 @@ from nsl_dist.data.stream import planned_batches
 from nsl_dist.ray_internals import draining_nodes
 from nsl_dist.retrieval import sharded_search as search
 from nsl_dist.retrieval.gallery_shard import GalleryShard
+from tests.support.foreign_lines import foreign_lines
 from tests.support.local_cluster import LocalCluster
 from tests.support.processes import (
     BIN,
@@ -301,7 +302,8 @@ def test_ray_up_submit_down(ssh_machine: SSHMachine, raw: Path, tmp_path: Path) 
         assert status == 0, output
         wait_until(lambda: listens(dashboard) and listens(agent), why=lambda: output)
         address = f"http://127.0.0.1:{dashboard}"
-        arguments = f"--data.root={raw} --storage={tmp_path} --run-name=ssh {' '.join(SMALL)}"
+        flags = [f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=ssh", "--num-workers=1", *SMALL]
+        arguments = " ".join([*flags, "--optim.epochs=1"])
         status, output = run(["make", "submit", f"ADDRESS={address}", f"ARGS={arguments}"], environment)
         assert status == 0, output
         assert (tmp_path / "runs" / "ssh" / "results.json").exists()
@@ -326,6 +328,9 @@ def test_a_job_gets_the_nodes_that_it_needs(local: LocalCluster, raw: Path, tmp_
         f"results: {tmp_path}/runs/first/results.json",
     ):
         assert text in output
+    printed = re.search(r"\nRunning entrypoint for job .*\n((?:.*\n)*?)(.* -- WebSocket closed|.*SUCC cli.py)", output)
+    assert printed is not None, output  # the job's own lines, between those of `ray job submit`
+    assert foreign_lines(printed[1]) == []
     wait_until(lambda: local.node_counts()[-1] == 0, why=local.log.read_text)
     assert max(local.node_counts()) == 2
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -27,7 +27,8 @@ from nsl_dist.retrieval.vector_files import load_index
 from nsl_dist.run import MODEL_FILE, find_checkpoint
 from tests.support.browser import prefer, resize
 from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop
-from tests.support.processes import job
+from tests.support.mlflow_server import started_mlflow
+from tests.support.processes import free_ports, job, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 SMALL = [
@@ -61,7 +62,15 @@ def storage(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         # Before MLflow sets it: what is there afterwards would stay for the tests to come.
         patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
-        job(patched, "train_cars196", f"--data.root={shards}", f"--storage={storage}", "--run-name=cars196", *SMALL)
+        job(
+            patched,
+            "train_cars196",
+            f"--data.root={shards}",
+            f"--storage={storage}",
+            "--run-name=cars196",
+            "--tracking.register=shop",
+            *SMALL,
+        )
     return storage
 
 
@@ -130,6 +139,23 @@ def test_prepare_train_evaluate(
     assert [figure.stem for figure in sorted((run_dir / "figures").iterdir())] == [
         "class_sizes", "loss", "map", "recall", "similarities"
     ]  # fmt: skip
+
+
+def test_mlflow_shows_the_run(storage: Path, browser: webdriver.Chrome, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with started_mlflow(f"sqlite:///{storage}/mlflow.db", port=port, folder=tmp_path) as address:
+        client = mlflow.MlflowClient(address)
+        experiment = client.get_experiment_by_name("cars196").experiment_id
+        (run,) = client.search_runs([experiment])
+        page = f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}"
+        for tab, texts in (("", ("cars196", "recall_at_1_float", "shop")), ("/artifacts", ("results.json",))):
+            browser.get(page + tab)
+
+            def shown() -> str:
+                return str(browser.execute_script("return document.body.innerText"))
+
+            for text in texts:
+                wait_until(lambda text=text: text in shown(), why=shown)  # type: ignore[misc]
 
 
 def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) -> None:

@@ -10,15 +10,14 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from selenium import webdriver
 
 from nsl_dist import cluster
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.embedder import load_embedder
 from nsl_dist.training.preflight import check_model
 from nsl_dist.training.train import _settle, train
-from tests.support.mlflow_server import started_mlflow
-from tests.support.processes import free_ports, job, wait_until
+from tests.support.foreign_lines import foreign_lines
+from tests.support.processes import job
 from tests.support.trained_run import SMALL, TrainedRun
 
 
@@ -61,6 +60,11 @@ def test_output_says_what_it_does_and_found(trained: TrainedRun) -> None:
     assert lines[results + 1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
 
 
+def test_a_newcomer_sees_no_lines_but_ours(trained: TrainedRun) -> None:
+    """None of Ray's, torch's or MLflow's, on stdout and stderr."""
+    assert foreign_lines(trained.output) == []
+
+
 def test_mlflow_run(trained: TrainedRun) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{trained.storage}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
@@ -80,24 +84,6 @@ def test_mlflow_run(trained: TrainedRun) -> None:
     assert [metric.step for metric in sorted(recalls, key=lambda m: m.step)] == [0, 7, 14]
     files = [file.path for file in client.list_artifacts(run.info.run_id)]
     assert files == ["figures", "report.html", "results.json"]
-
-
-@pytest.mark.slow
-def test_mlflow_shows_the_run(trained: TrainedRun, browser: webdriver.Chrome, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    with started_mlflow(f"sqlite:///{trained.storage}/mlflow.db", port=port, folder=tmp_path) as address:
-        client = mlflow.MlflowClient(address)
-        experiment = client.get_experiment_by_name("sop").experiment_id
-        (run,) = client.search_runs([experiment])
-        page = f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}"
-        for tab, texts in (("", ("first", "recall_at_1_float", "shop")), ("/artifacts", ("results.json",))):
-            browser.get(page + tab)
-
-            def shown() -> str:
-                return str(browser.execute_script("return document.body.innerText"))
-
-            for text in texts:
-                wait_until(lambda text=text: text in shown(), why=shown)  # type: ignore[misc]
 
 
 def test_registered_model_is_the_best(trained: TrainedRun) -> None:

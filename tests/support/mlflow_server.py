@@ -19,8 +19,9 @@ def start_mlflow(store: str, *, port: int, folder: Path) -> "subprocess.Popen[by
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # five more processes, not needed here
     with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def answers() -> bool:
         assert server.poll() is None, (folder / "server.log").read_text()
