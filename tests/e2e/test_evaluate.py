@@ -62,15 +62,8 @@ def storage(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         # Before MLflow sets it: what is there afterwards would stay for the tests to come.
         patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
-        job(
-            patched,
-            "train_cars196",
-            f"--data.root={shards}",
-            f"--storage={storage}",
-            "--run-name=cars196",
-            "--tracking.register=shop",
-            *SMALL,
-        )
+        flags = [f"--data.root={shards}", f"--storage={storage}", "--run-name=cars196", "--tracking.register=shop"]
+        job(patched, "train_cars196", *flags, *SMALL)
     return storage
 
 
