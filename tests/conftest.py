@@ -132,7 +132,7 @@ def trained(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> "TrainedRun"
     return train(raw, tmp_path_factory.mktemp("trained"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # idle, it would slow down the tests to come
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator["LocalCluster"]:
     """The cluster of cluster/local.py: a head without CPUs and up to 2 nodes that its autoscaler adds."""
     from tests.support.local_cluster import started_local
@@ -141,7 +141,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator["LocalCluster"]:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # idle, it would slow down the tests to come
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
     """The search service over 37 images, on a Ray of its own."""
     from tests.support.search_service import started_service

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 import ray
@@ -28,25 +27,21 @@ from nsl_dist import cluster
 from nsl_dist.config import DataConfig, EvalConfig
 from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import open_data
+from nsl_dist.data.shards import load_manifest, open_data
 from nsl_dist.data.stream import planned_batches
 from nsl_dist.ray_internals import draining_nodes
 from nsl_dist.retrieval import sharded_search as search
 from nsl_dist.retrieval.gallery_shard import GalleryShard
-from tests.support.foreign_lines import foreign_lines
-from tests.support.local_cluster import LocalCluster
 from tests.support.processes import (
     BIN,
     PATIENCE,
     ROOT,
     free_ports,
-    listening_addresses,
     listens,
     run,
     user_environment,
     wait_until,
 )
-from tests.support.trained_run import SMALL
 from tests.support.vectors import DIM, NUM, brute_force, tied, write
 
 SSHD = shutil.which("sshd") or shutil.which("/usr/sbin/sshd")
@@ -302,89 +297,12 @@ def test_ray_up_submit_down(ssh_machine: SSHMachine, raw: Path, tmp_path: Path) 
         assert status == 0, output
         wait_until(lambda: listens(dashboard) and listens(agent), why=lambda: output)
         address = f"http://127.0.0.1:{dashboard}"
-        flags = [f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=ssh", "--num-workers=1", *SMALL]
-        arguments = " ".join([*flags, "--optim.epochs=1"])
-        status, output = run(["make", "submit", f"ADDRESS={address}", f"ARGS={arguments}"], environment)
+        arguments = f"ARGS=--root={raw} --out={tmp_path}/shards --layout=sop"
+        job = ["JOB=jobs/prepare_shards.py", f"ADDRESS={address}", arguments]
+        status, output = run(["make", "submit", *job], environment)
         assert status == 0, output
-        assert (tmp_path / "runs" / "ssh" / "results.json").exists()
+        assert load_manifest(str(tmp_path / "shards")).split("train").num_images == 140
     finally:
         status, output = run([ray_command, "down", "--yes", str(file)], environment)
     assert status == 0, output
     wait_until(lambda: not listens(dashboard), why=lambda: output)
-
-
-@pytest.mark.slow
-def test_a_job_gets_the_nodes_that_it_needs(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
-    """Submitted to a cluster without nodes, which start for it and leave again."""
-    wait_until(lambda: local.node_counts()[-1:] in ([], [0]), why=local.log.read_text)
-    flags = [f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=first", "--num-workers=2", *SMALL]
-    flags += ["--optim.epochs=1", "--eval.every=1"]
-    status, output = local.submit(" ".join(flags))
-    assert status == 0, output
-    for text in (
-        "cluster  0 CPUs and 0 GPUs on 1 node; "
-        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 2 x evaluation in mid-run (1 CPU)",
-        "step 7/7",
-        f"results: {tmp_path}/runs/first/results.json",
-    ):
-        assert text in output
-    printed = re.search(r"\nRunning entrypoint for job .*\n((?:.*\n)*?)(.* -- WebSocket closed|.*SUCC cli.py)", output)
-    assert printed is not None, output  # the job's own lines, between those of `ray job submit`
-    assert foreign_lines(printed[1]) == []
-    wait_until(lambda: local.node_counts()[-1] == 0, why=local.log.read_text)
-    assert max(local.node_counts()) == 2
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (tracked,) = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert tracked.data.tags["mlflow.source.git.commit"] == commit
-    assert re.fullmatch(r"\d+ CPUs and 0 GPUs on \d+ nodes?", tracked.data.tags["cluster"])  # idle ones go meanwhile
-
-
-@pytest.mark.slow
-def test_a_job_that_no_node_has_room_for_is_refused(local: LocalCluster, raw: Path, tmp_path: Path) -> None:
-    status, output = local.submit(f"--data.root={raw} --storage={tmp_path} --num-workers=20 --data.batch-size=20")
-    assert status != 0
-    message = r"error: the cluster has \d CPUs and 0 GPUs on \d nodes? and can add no nodes for 20 x training \(1 CPU\)"
-    assert re.search(message, output), output
-    assert "Traceback" not in output
-    assert not (tmp_path / "shards").exists()
-
-
-@pytest.mark.slow
-def test_a_job_that_is_stopped_has_time_to_write_a_checkpoint(local: LocalCluster) -> None:
-    """Ray kills it after 3 seconds, where it is not told otherwise."""
-    job = (
-        "import signal, time\n"
-        "def leave(*_):\n"
-        "    time.sleep(8)\n"
-        "    raise SystemExit(print('left in order', flush=True))\n"
-        "signal.signal(signal.SIGTERM, leave)\n"
-        "print('it runs', flush=True)\n"
-        "time.sleep(480)\n"
-    )
-    with local.submitted("stopped", ["python", "-c", job]) as log:
-        wait_until(lambda: "\nit runs" in log.read_text(), why=log.read_text)
-        status, output = local.ray("job", "stop", "stopped")
-    assert (status, "was stopped" in output) == (0, True), output
-    _, output = local.ray("job", "logs", "stopped")
-    assert "\nleft in order" in output, output
-
-
-@pytest.mark.slow
-def test_a_submission_without_the_token_is_refused(local: LocalCluster) -> None:
-    submit = [str(BIN / "ray"), "job", "submit", "--address", local.address, "--", "python", "-c", "print(6 * 7)"]
-    for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}):
-        status, output = run(submit, local.environment | mode)
-        assert status != 0
-        assert re.search(r"Unauthorized|Forbidden", output), output
-        assert "submitted successfully" not in output
-    status, output = run(submit, local.environment | {"RAY_AUTH_MODE": "token"})
-    assert (status, "42" in output) == (0, True), output
-
-
-@pytest.mark.slow
-def test_a_cluster_without_jobs_listens_on_loopback_alone(local: LocalCluster) -> None:
-    addresses = listening_addresses(of_session_below=local.process.pid)
-    assert len(addresses) > 5
-    loopback = re.compile(r"(0{16}FFFF0000)?[0-9A-F]{6}7F:|0{24}01000000:")  # 127.0.0.0/8, also as IPv6, and ::1
-    assert not [address for address in addresses if not loopback.match(address)], addresses
