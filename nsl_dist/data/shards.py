@@ -11,7 +11,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 from numpy.typing import NDArray
 from pyarrow import fs
 
@@ -315,20 +315,11 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
         return manifest
     storage.check_writable(out)
 
-    ranges = _cut_into_shards(records)
-    records_ref = ray.put(records)
-
-    def write(task: dict[str, Any]) -> dict[str, Any]:
-        start, stop = task["start"], task["stop"]
-        part = ray.get(records_ref).slice(start, stop - start)
-        return {"report": json.dumps(_write_shard(part, root=root, out=out, name=task["name"]))}
-
-    tasks = [{"name": name, "start": start, "stop": stop} for name, start, stop in ranges]
-    few = ray.data.TaskPoolStrategy(min(len(tasks), math.ceil(len(records) / IMAGES_PER_PROCESS)))
-    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        write, num_cpus=1, compute=few, **cluster.prefer_cpu_nodes()
-    )
-    reports = _collect(written.iter_rows(), num_images=len(records), max_undecodable=max_undecodable)
+    written = _write_shards(records, root=root, out=out)
+    try:
+        reports = _collect(written, num_images=len(records), max_undecodable=max_undecodable)
+    finally:
+        written.close()
 
     classes = _index_classes([row for report in reports for row in report["classes"]])
     written_classes = io.BytesIO()
@@ -346,6 +337,33 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
     }
     storage.write_bytes(storage.join(out, MANIFEST_FILE), json.dumps(content, indent=1).encode())
     return load_manifest(out)
+
+
+def _write_shards(records: pa.Table, *, root: str, out: str) -> Generator[dict[str, Any], None, None]:
+    """Write shards on the cluster; yield the report of each. When closed, let the running tasks finish.
+
+    Not by Ray Data, which would cancel them: if one ends at that moment, Ray 2.60 aborts the driver ("Tried to complete
+    task that was not pending").
+    """
+
+    @ray.remote(num_cpus=1, **cluster.prefer_cpu_nodes())
+    def write(records: pa.Table, name: str, start: int, stop: int) -> dict[str, Any]:
+        return _write_shard(records.slice(start, stop - start), root=root, out=out, name=name)
+
+    records_ref = ray.put(records)
+    waiting = deque(_cut_into_shards(records))
+    most = math.ceil(len(records) / IMAGES_PER_PROCESS)
+    running: list[ray.ObjectRef] = []
+    try:
+        while waiting or running:
+            # Some more than there are CPUs, so that the autoscaler adds nodes.
+            while waiting and len(running) < min(most, 2 * max(1, cluster.totals()[0])):
+                running.append(write.remote(records_ref, *waiting.popleft()))
+            (done,), running = ray.wait(running)
+            yield cluster.get(done)
+    finally:
+        if running:
+            ray.wait(running, num_returns=len(running))
 
 
 def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
@@ -418,13 +436,12 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
     return {"shard": shard, "classes": classes, "undecodable": undecodable}
 
 
-def _collect(rows: Iterator[dict[str, Any]], *, num_images: int, max_undecodable: float) -> list[dict[str, Any]]:
+def _collect(written: Iterable[dict[str, Any]], *, num_images: int, max_undecodable: float) -> list[dict[str, Any]]:
     """Collect the reports of all shards with progress; fail as soon as too many images are undecodable."""
     reports: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
     progress = Progress("shards", "images", num_images)
-    for row in rows:
-        report = json.loads(row["report"])
+    for report in written:
         reports.append(report)
         bad += report["undecodable"]
         if len(bad) > max_undecodable * num_images:
