@@ -50,6 +50,7 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
             **settings,
         )
     ray_internals.spend_actor_warning()
+    ray_internals.keep_ray_data_statistics_here()
 
 
 def _start_local(**settings: Any) -> None:

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import ray
 
 GCS_PORTS = range(20_000, 32_000)  # below the operating system's ephemeral ports
 # Matches lines that Ray prints for its operators.
@@ -35,7 +36,10 @@ NOISY_LOGGERS = {
     "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
 }
 NO_NODE = "0" * 55 + "1"
-DATA_ENVIRONMENT = {"RAY_DATA_LOG_LEVEL": "WARNING"}
+DATA_ENVIRONMENT = {
+    "RAY_DATA_LOG_LEVEL": "WARNING",
+    "RAY_DATA_USAGE_DISABLED": "1",  # an actor that stays, for usage statistics: see `keep_ray_data_statistics_here`
+}
 # For a local Ray only.
 LOCAL_ENVIRONMENT = DATA_ENVIRONMENT | {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only; named after the systems where that is the default
@@ -112,6 +116,19 @@ class _Without(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self.name)
+
+
+def keep_ray_data_statistics_here() -> "ray.actor.ActorHandle":
+    """Start the actor of Ray Data's statistics on this node, unless it runs already; return it.
+
+    Ray starts it where a cluster's first pipeline runs. It outlives the job, so the autoscaler never removes that node:
+    without this, often a node of a training worker, whose pipeline may be the first. No public API starts it.
+
+    Can go when the autoscaler ignores this actor.
+    """
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    return get_or_create_stats_actor()
 
 
 def spend_actor_warning() -> None:

@@ -234,6 +234,14 @@ def test_ray_warns_of_an_actors_arguments_once_in_a_process() -> None:
         assert ray.get(heard.remote(is_spent=True)) == b""
 
 
+@pytest.mark.usefixtures("cluster")
+def test_ray_datas_statistics_are_on_the_node_of_the_driver() -> None:
+    with contract(ray_internals.keep_ray_data_statistics_here):
+        actor = ray_internals.keep_ray_data_statistics_here()
+        here = ray.get_runtime_context().get_node_id()
+        assert ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) == here
+
+
 DRAIN = """
 import subprocess, sys, time
 import ray
