@@ -199,7 +199,7 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(
 @pytest.mark.own_process
 def test_a_node_that_goes_as_a_search_comes_is_a_node_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = Cluster()
-    nodes.add_node(num_cpus=0)
+    nodes.add_node(num_cpus=0, dashboard_port=None)  # the next free one
     workers = [nodes.add_node(num_cpus=1) for _ in range(2)]
     start_shards = search._start_shards
     num_shards: list[int] = []

@@ -248,7 +248,7 @@ import ray
 from ray.cluster_utils import Cluster
 from nsl_dist.ray_internals import draining_nodes
 nodes = Cluster()
-nodes.add_node(num_cpus=0)
+nodes.add_node(num_cpus=0, dashboard_port=None)  # the next free one
 node = nodes.add_node(num_cpus=1).node_id
 ray.init(address=nodes.address, log_to_driver=False)
 ray.remote(lambda: time.sleep(600)).remote()  # an idle node would leave at once
