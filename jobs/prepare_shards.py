@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from nsl_dist.commandline import run_job
-from nsl_dist.config import Layout
+from nsl_dist.config import FolderSplit, Layout, SplitBy
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,15 @@ class PrepareConfig:
     """Folder or URI for the shards. On a cluster, all nodes must be able to reach it."""
     layout: Layout | None = None
     """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or one folder of images per
-    class (the first half of the classes is for training). If None, it is detected from the files."""
+    class. If None, it is detected from the files."""
+    split: SplitBy = "classes"
+    """How class folders are split: by classes, or by the images of each class (see --data.split of jobs/train.py)."""
+    test_share: float = 0.5
+    """Share of the class folders, or of each one's images, that is for test."""
+    test_classes: str | None = None
+    """File with the class folders for test, one a line, instead of drawing them."""
     max_undecodable: float = 0.01
-    """Fraction of the images that may fail to decode. They are listed in the manifest and skipped."""
+    """Fraction of the images that may fail to decode; unless it is 0, a few may always. They are listed and skipped."""
     wait_for_nodes: float = 15.0
     """Minutes to wait at the start for missing nodes, which are requested from the autoscaler."""
 
@@ -34,21 +40,22 @@ def main() -> None:
     config = tyro.cli(PrepareConfig, args=sys.argv[1:], description=__doc__)
 
     from nsl_dist import cluster
-    from nsl_dist.data.layouts import read_records, recognise
-    from nsl_dist.data.shards import prepare
+    from nsl_dist.data.shards import find_data, prepare
 
-    layout = config.layout or recognise(config.root)
-    records = read_records(config.root, layout=layout)
-    print(f"{config.root}: {len(records):,} images in the layout {layout}", flush=True)
+    split = FolderSplit(config.split, config.test_share, config.test_classes)
+    data = find_data(config.root, layout=config.layout, split=split)
+    if data.records is not None:
+        print(f"{data.root}: {len(data.records):,} images in the layout {data.layout}", flush=True)
     cluster.connect(num_cpus=1)
     cluster.wait_for({"reading": (1, {"CPU": 1})}, minutes=config.wait_for_nodes, fix="add nodes")
-    manifest = prepare(records, root=config.root, layout=layout, out=config.out, max_undecodable=config.max_undecodable)
-    for name, split in manifest.splits.items():
+    manifest = prepare(data, out=config.out, max_undecodable=config.max_undecodable)
+    for name, counts in manifest.splits.items():
         print(
-            f"{name}: {split['num_images']:,} images of {split['num_classes']:,} classes, "
-            f"{split['num_singletons']:,} classes with one image"
+            f"{name}: {counts['num_images']:,} images of {counts['num_classes']:,} classes, "
+            f"{counts['num_singletons']:,} classes with one image"
         )
-    print(f"left out: {len(manifest.undecodable):,} undecodable images, listed in manifest.json")
+    for name, text in manifest.account().items():
+        print(f"{name}: {text}")
     print(f"digest {manifest.digest}\n{len(manifest.shards)} shards in {manifest.root}")
 
 

@@ -21,7 +21,7 @@ OBJECT_STORE_BYTES = 2 * 2**30  # for a local Ray; holds the batches waiting for
 START_ATTEMPTS = 4  # for a local Ray
 ROOM_SECONDS = 5.0  # Ray finds available room within this time
 POLL_SECONDS = 0.5
-SHOW_SECONDS = 10.0
+SHOW_SECONDS = 5.0
 
 
 def connect(*, num_cpus: int, show_workers: bool = True) -> None:
@@ -38,17 +38,18 @@ def connect(*, num_cpus: int, show_workers: bool = True) -> None:
         return
     settings = {"logging_level": "warning", "log_to_driver": show_workers}
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        # The cluster's processes do not inherit our environment. Without the address, some of Ray Train's look for a
-        # cluster and may find another one.
-        ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT | {"RAY_ADDRESS": address}}, **settings)
-    else:
-        _start_local(
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            include_dashboard=True,  # Ray Train queries it for actor states when it cleans up after a lost driver
-            object_store_memory=OBJECT_STORE_BYTES,
-            **settings,
-        )
+    with ray_internals.keep_sigterm_handler():
+        if address:
+            # The cluster's processes do not inherit our environment. Without the address, some of Ray Train's look for
+            # a cluster and may find another one.
+            ray.init(runtime_env={"env_vars": ray_internals.DATA_ENVIRONMENT | {"RAY_ADDRESS": address}}, **settings)
+        else:
+            _start_local(
+                num_cpus=max(num_cpus, os.cpu_count() or 1),
+                include_dashboard=True,  # Ray Train queries it for actor states when it cleans up after a lost driver
+                object_store_memory=OBJECT_STORE_BYTES,
+                **settings,
+            )
     ray_internals.spend_actor_warning()
     ray_internals.keep_ray_data_statistics_here()
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import tyro
 
@@ -11,7 +12,13 @@ from nsl_dist.config import Layout, TrainConfig
 from nsl_dist.progress import Output, output
 from nsl_dist.recipes import RECIPES
 from nsl_dist.run import StoppedError, TrainingError
+from nsl_dist.stopping import end_on_signals
 
+ESSENTIAL_FLAGS = """The flags that most runs need, of all those below:
+  --data.root FOLDER  --run-name NAME  --num-workers N
+  --epochs N  --batch-size N  --lr RATE (short for --optim.epochs, --data.batch-size, --optim.lr)
+  --model.backbone NAME  --model.weights WEIGHTS  --proxies.sample-rate SHARE
+"""
 OUTPUT_FLAGS = "--quiet prints only results and errors; --json prints results as JSON and everything else to stderr."
 
 
@@ -34,25 +41,35 @@ def parse_train_config(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=list(RECIPES), default=recipe)
     default = RECIPES[first.parse_known_args(arguments)[0].recipe]()
-    default = dataclasses.replace(default, data=dataclasses.replace(default.data, layout=layout))
+    arguments = spell_out(arguments)
+    asks_for_a_batch = any(
+        each.partition("=")[0] in ("--data.batch-size", "--data.images-per-class") for each in arguments
+    )
+    data = dataclasses.replace(default.data, layout=layout, fit_batch=not asks_for_a_batch)
+    default = dataclasses.replace(default, data=data)
     config = tyro.cli(
-        TrainConfig, args=spell_out(arguments), default=default, description=f"{description}\n{OUTPUT_FLAGS}"
+        TrainConfig, args=arguments, default=default, description=f"{description}\n{ESSENTIAL_FLAGS}\n{OUTPUT_FLAGS}"
     )
     if layout is not None and config.data.root is None:
         raise ValueError(f"set --data.root to the folder of the data set (layout {layout}) or to its shards")
     return config
 
 
+SHORT_FORMS = {
+    "--layout": "--data.layout", "--batch-size": "--data.batch-size", "--epochs": "--optim.epochs", "--lr": "--optim.lr"
+}  # fmt: skip
+
+
 def spell_out(arguments: list[str]) -> list[str]:
-    """Replace `--layout`, the short form, by `--data.layout`."""
-    return [f"--data.{each[2:]}" if each.partition("=")[0] == "--layout" else each for each in arguments]
+    """Replace short forms of flags by the flags."""
+    parts = [each.partition("=") for each in arguments]
+    return [SHORT_FORMS.get(flag, flag) + equals + value for flag, equals, value in parts]
 
 
 def run_job(main: Callable[[], None], *, shows_results: bool = False) -> None:
     """Run a job; errors that a user can fix are printed as one line instead of a stack trace.
 
-    The exit status is 2 for bad input, 1 if training cannot continue, and 128 + signal if the job was stopped and can
-    be resumed.
+    The exit status is 2 for bad input, 1 if training cannot continue, and 128 + signal if the job was stopped.
 
     Args:
         main: parses the command line and does the work.
@@ -63,15 +80,18 @@ def run_job(main: Callable[[], None], *, shows_results: bool = False) -> None:
     if shows_results:
         choice = "json" if "--json" in sys.argv else "quiet" if "--quiet" in sys.argv else "full"
         sys.argv = [argument for argument in sys.argv if argument not in ("--json", "--quiet")]
+    end_on_signals()
     try:
         with output(choice):
             main()
     except StoppedError as error:
-        print(error, file=sys.stderr)
-        sys.exit(128 + error.signal)
+        _end(str(error), status=128 + error.signal)
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {error}", status=1)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", status=2)
+
+
+def _end(message: str, *, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)

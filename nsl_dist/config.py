@@ -5,14 +5,42 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+DEFAULT_STORAGE = "~/nsl_dist"
 MOST_NEIGHBOURS = 1000  # per query in jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
+SplitBy = Literal["classes", "images"]
 Kind = Literal["float", "binary"]  # of embeddings: unit vectors, or the signs of their coordinates
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """How the images of class folders are split into training and test; published data sets have a split of their own.
+
+    Attributes:
+        by: "classes": the classes of one are unseen in the other; "images": both have all classes.
+        test_share: share of the classes, or of each class's images, that is for test.
+        test_classes: file with the names of the test classes, one a line; None: they are drawn, always the same ones.
+
+    """
+
+    by: SplitBy = "classes"
+    test_share: float = 0.5
+    test_classes: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 < self.test_share < 1, f"--data.test-share {self.test_share} must be between 0 and 1")
+        _require(
+            self.test_classes is None or self.by == "classes",
+            "--data.test-classes does not go with --data.split images, in which all classes are trained on",
+        )
+
+
+BY_CLASSES = FolderSplit()  # the default
 
 
 @dataclass(frozen=True)
@@ -24,9 +52,20 @@ class DataConfig:
     jobs/prepare_shards.py. If None, built-in synthetic products are used."""
     layout: Layout | None = None
     """Layout of the data set: Stanford Online Products, In-Shop, CUB-200-2011, CARS196, or one folder of images per
-    class (the first half of the classes is for training). If None, it is detected from the files."""
+    class. If None, it is detected from the files."""
+    split: SplitBy = "classes"
+    """How class folders are split: by classes, so that those of the test are unseen in training, or, where there are
+    few, by the images of each class."""
+    test_share: float = 0.5
+    """Share of the class folders, or with --data.split images of each one's images, that is for test. They are drawn at
+    random, but always the same ones."""
+    test_classes: str | None = None
+    """File with the class folders for test, one a line, instead of drawing them."""
     batch_size: int = 80
     """Images in a global batch, summed over all workers."""
+    fit_batch: bool = True
+    """Make the recipe's batch smaller where there are too few training classes for it. Giving --data.batch-size or
+    --data.images-per-class turns this off."""
     images_per_class: int | None = 5
     """Images per class in a batch, drawn with replacement; a batch has batch-size / images-per-class distinct classes.
     If None, a batch is distinct images of any class."""
@@ -47,7 +86,8 @@ class DataConfig:
     shear: float = 0.0
     """Maximum random shear of training images, in degrees either way."""
     max_undecodable: float = 0.01
-    """Fraction of the images that may fail to decode while a raw folder is sharded. They are listed and skipped."""
+    """Fraction of the images that may fail to decode while a raw folder is sharded; unless it is 0, a few may always.
+    They are listed and skipped."""
     max_damaged_shards: int = 0
     """Number of shards that may turn out damaged or missing during a run. Workers restart without the classes of such a
     shard, which counts towards --max-failures."""
@@ -69,6 +109,12 @@ class DataConfig:
         _require(0 <= self.rotation <= 180, f"--data.rotation {self.rotation} must be in [0, 180] degrees")
         _require(0 <= self.shear <= 45, f"--data.shear {self.shear} must be in [0, 45] degrees")
         _require(0 <= self.max_undecodable <= 1, f"--data.max-undecodable {self.max_undecodable} must be in [0, 1]")
+        _ = self.folder_split  # is checked
+
+    @property
+    def folder_split(self) -> FolderSplit:
+        """How class folders are split."""
+        return FolderSplit(self.split, self.test_share, self.test_classes)
 
     @property
     def resized_edge(self) -> int:
@@ -84,8 +130,8 @@ class ModelConfig:
     """Name of a torchvision classification model whose last layer is linear, or, with the extra `timm`, of any timm
     model: timm/vit_base_patch16_224."""
     weights: str | None = None
-    """Pretrained weights: a torchvision name (IMAGENET1K_V1, DEFAULT, ...), DEFAULT for a timm model, or a state_dict
-    file. If None, weights are random."""
+    """Weights to start from: a torchvision name (IMAGENET1K_V1, DEFAULT, ...), DEFAULT for a timm model, a state_dict
+    file (.pth or .safetensors), or the folder of a run, whose best model is taken. If None, weights are random."""
     pooling: Literal["max", "gem"] | None = None
     """Replacement for the mean over the last feature map: its maximum, or a generalised mean (GeM) with a learned
     exponent. If None, the backbone keeps its own pooling."""
@@ -263,7 +309,7 @@ class TrackingConfig:
     """MLflow server or database. If None, MLFLOW_TRACKING_URI if set, else sqlite:///STORAGE/mlflow.db, or
     ~/nsl_dist/mlflow.db if the storage is remote."""
     experiment: str | None = None
-    """MLflow experiment. If None, the name of the data set's layout."""
+    """MLflow experiment. If None, the name of the data set's folder."""
     parent: str | None = None
     """Id of the parent MLflow run, for example that of a sweep."""
     every: int = 10
@@ -302,12 +348,15 @@ class EvaluateConfig:
     checkpoint: str
     """Folder or URI of a checkpoint, or of a run to use its newest checkpoint."""
     run_id: str | None = None
-    """MLflow run of the training; the evaluation is logged as a child of it. If None, nothing is logged to MLflow."""
-    storage: str = "~/nsl_dist"
-    """Folder or URI for shards, embeddings and results. On a cluster, all nodes must be able to reach it."""
+    """MLflow run that the evaluation is logged as a child of. If None, that of the checkpoint's training."""
+    track: bool = True
+    """Log the evaluation to MLflow."""
+    storage: str | None = None
+    """Folder or URI for shards, embeddings and results. On a cluster, all nodes must be able to reach it. If None, that
+    of the checkpoint's training, or ~/nsl_dist for a checkpoint outside of its run."""
     tracking_uri: str | None = None
-    """MLflow server or database of --run-id. If None, MLFLOW_TRACKING_URI if set, else sqlite:///STORAGE/mlflow.db, or
-    ~/nsl_dist/mlflow.db if the storage is remote."""
+    """MLflow server or database of --run-id. If None, that of the checkpoint's training, else MLFLOW_TRACKING_URI if
+    set, else sqlite:///STORAGE/mlflow.db, or ~/nsl_dist/mlflow.db if the storage is remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device for embedding and search. auto: cuda if the cluster has GPUs or its autoscaler can add them."""
     wait_for_nodes: float = 15.0
@@ -345,8 +394,9 @@ class SearchConfig:
     """Port to listen on."""
     replicas: int = 1
     """Server processes, each with the model and the whole index."""
-    storage: str = "~/nsl_dist"
-    """Folder or URI for shards and embeddings. On a cluster, all nodes must be able to reach it."""
+    storage: str | None = None
+    """Folder or URI for shards and embeddings. On a cluster, all nodes must be able to reach it. If None, that of the
+    checkpoint's training, or ~/nsl_dist for a checkpoint outside of its run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device for embedding the gallery; queries are embedded on CPUs. auto: cuda if the cluster has GPUs."""
     max_undecodable: float = 0.01
@@ -370,7 +420,7 @@ class TrainConfig:
 
     recipe: str = "laptop"
     """Recipe that sets the defaults of all other flags: laptop, or one of the paper's (see recipes.py)."""
-    storage: str = "~/nsl_dist"
+    storage: str = DEFAULT_STORAGE
     """Folder or URI for runs, checkpoints and shards. On a cluster, all nodes must be able to reach it."""
     run_name: str | None = None
     """Name of the run and of its folder in STORAGE/runs. If None, the recipe and the time."""
@@ -471,7 +521,7 @@ def flatten(config: "TrainConfig | EvaluateConfig") -> dict[str, Any]:
 # May change when a run is resumed: affects neither the batches nor what they do to the model.
 FREE_TO_CHANGE = re.compile(
     r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|wait_for_nodes|max_failures|"
-    r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
+    r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|fit_batch|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
 )
 
 

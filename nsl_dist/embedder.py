@@ -14,7 +14,8 @@ from safetensors.torch import load, save
 
 from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
-from nsl_dist.data.transforms import decode, eval_transform, normalise
+from nsl_dist.data.images import MOST_PIXELS, decode
+from nsl_dist.data.transforms import eval_transform, normalise
 from nsl_dist.model import EmbeddingModel, build_model
 from nsl_dist.run import BEST, DESCRIPTION_FILE, MODEL_FILE
 
@@ -39,7 +40,7 @@ class Embedder:
         self._device = device
 
     def __call__(self, images: Iterable[str | Path | bytes], *, batch_size: int = 64) -> NDArray[np.float32]:
-        """Embed images, given as paths or as encoded bytes in any format that Pillow reads.
+        """Embed images, given as paths or as encoded bytes (see `nsl_dist.data.images`).
 
         Returns:
             Unit vectors `[len(images), dim]`.
@@ -56,15 +57,19 @@ class Embedder:
     def _embed(self, images: Sequence[str | Path | bytes]) -> NDArray[np.float32]:
         return self.embed(torch.stack([self.pixels(image) for image in images]))
 
-    def pixels(self, image: str | Path | bytes) -> torch.Tensor:
+    def pixels(self, image: str | Path | bytes, *, most_pixels: int = MOST_PIXELS) -> torch.Tensor:
         """Decode an image to the model's input: uint8 `[3, image_size, image_size]`.
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the image cannot be decoded.
+            ValueError: the image cannot be decoded, or has more than `most_pixels`.
 
         """
-        return eval_transform(_decode(image), self._data)
+        try:
+            encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return eval_transform(decode(encoded, most_pixels=most_pixels), self._data)
+        except ValueError as error:
+            raise ValueError(f"{'bytes' if isinstance(image, bytes) else image}: {error}") from error
 
     def embed(self, pixels_BCHW: torch.Tensor) -> NDArray[np.float32]:
         """Embed a stack of outputs of `pixels` as unit vectors `[B, dim]`."""
@@ -145,10 +150,3 @@ def load_weights(model: EmbeddingModel, content: bytes, *, location: str) -> Non
         raise ValueError(
             f"{location}: the weights do not match the model description: {reason}; copy both again"
         ) from error
-
-
-def _decode(image: str | Path | bytes) -> torch.Tensor:
-    try:
-        return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{'bytes' if isinstance(image, bytes) else image}: {error}") from error

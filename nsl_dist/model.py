@@ -1,17 +1,21 @@
 """The embedding model: backbone -> pool -> LayerNorm -> linear -> L2 (paper, section 3.2)."""
 
 import difflib
+import json
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from nsl_dist import storage
 from nsl_dist.config import ModelConfig
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, model_of_run
 
 TIMM = "timm/"  # prefix of timm model names
 _WITHOUT_INTERNET = (
@@ -87,10 +91,12 @@ def build_model(config: ModelConfig, *, seed: int, pretrained: bool = True) -> E
 
     Raises:
         ValueError: the backbone is unknown, its last layer is not linear, its pooling cannot be replaced, or its
-            weights are not available.
+            weights are not available or those of another model.
 
     """
     of_timm = config.backbone.startswith(TIMM)
+    trained = model_of_run(config.weights) if pretrained and config.weights is not None else None
+    pretrained = pretrained and trained is None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if of_timm:
@@ -101,6 +107,8 @@ def build_model(config: ModelConfig, *, seed: int, pretrained: bool = True) -> E
         if config.pooling is not None:
             _replace_pooling(backbone, config)
         model = EmbeddingModel(backbone, _neck(config, num_features), num_features, config.dim)
+    if trained is not None:
+        _load_trained(model, trained)
     if config.batch_norm == "sync":
         return _sync_batch_norm(model, of_timm=of_timm)
     if config.batch_norm == "frozen":
@@ -123,22 +131,21 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
         return torchvision.models.get_model(name, weights=None, **extra)
     path = Path(config.weights).expanduser()
     if path.is_file():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return _with_state(torchvision.models.get_model(name, weights=None, **extra), state)
-        except (RuntimeError, UnpicklingError) as error:
-            raise ValueError(f"--model.weights {path} is not a state_dict of {name}: {error}") from error
+        backbone = torchvision.models.get_model(name, weights=None, **extra)
+        _load(backbone, _published(_read_weights(path)), described=f"--model.weights {path}: not weights of {name}")
+        return backbone
     available = torchvision.models.get_model_weights(name)
     if config.weights not in available.__members__:
         raise ValueError(
-            f"--model.weights {config.weights!r} is neither a file nor weights of {name}, which has: "
+            f"--model.weights {config.weights!r} is neither a file, a run, nor weights of {name}, which has: "
             f"{', '.join(available.__members__)}"
         )
     weights = available[config.weights]
     try:
         if extra:  # torchvision refuses these together with weights
-            state = weights.get_state_dict(check_hash=True)
-            return _with_state(torchvision.models.get_model(name, weights=None, **extra), state)
+            backbone = torchvision.models.get_model(name, weights=None, **extra)
+            backbone.load_state_dict(_published(weights.get_state_dict(check_hash=True)))
+            return backbone
         return torchvision.models.get_model(name, weights=weights)
     except OSError as error:
         raise ValueError(
@@ -146,11 +153,64 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _with_state(backbone: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Load published weights, except those of auxiliary classifiers."""
-    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
-    backbone.load_state_dict({name: each for name, each in state.items() if not name.startswith(auxiliary)})
-    return backbone
+def _load_trained(model: EmbeddingModel, location: str) -> None:
+    """Load the model of a run, from the folder or URI that holds it."""
+    theirs = json.loads(storage.read_bytes(storage.join(location, DESCRIPTION_FILE)))["model"]
+    _load(
+        model,
+        safetensors.torch.load(storage.read_bytes(storage.join(location, MODEL_FILE))),
+        described=f"--model.weights {location}: this run has --model.backbone {theirs['backbone']} --model.dim "
+        f"{theirs['dim']} --model.neck {theirs['neck']} --model.pooling {theirs['pooling']}; use the same",
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights.
+
+    Raises:
+        ValueError: it holds something else.
+
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises almost anything, with advice that is not for users of a job
+        raise ValueError(
+            f"--model.weights {path} is neither a safetensors file nor a state_dict written by torch.save "
+            f"({type(error).__name__}); of a run, give its folder"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
+        raise ValueError(f"--model.weights {path} is not a state_dict; write one with torch.save(model.state_dict())")
+    return state
+
+
+def _published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return published weights without those of auxiliary classifiers."""
+    return {name: each for name, each in state.items() if not name.startswith(("aux1.", "aux2.", "AuxLogits."))}
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], *, described: str) -> None:
+    """Load weights that must match exactly.
+
+    Raises:
+        ValueError: they do not; the message begins with `described` and names the first difference of each kind.
+
+    """
+    ours = module.state_dict()
+    differences = {
+        "missing": [name for name in ours if name not in state],
+        "unknown": [name for name in state if name not in ours],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(ours[name].shape)}"
+            for name in ours
+            if name in state and state[name].shape != ours[name].shape
+        ],
+    }
+    found = [f"{len(names)} {kind}, first {names[0]}" for kind, names in differences.items() if names]
+    if found:
+        raise ValueError(f"{described} ({'; '.join(found)})")
+    module.load_state_dict(state)
 
 
 def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
@@ -167,16 +227,18 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
     if config.weights is not None and pretrained:
         path = Path(config.weights).expanduser()
         if not path.is_file() and config.weights != "DEFAULT":
+            others = ", ".join(TIMM + each for each in timm.list_pretrained(f"{name}*")[:20])
             raise ValueError(
-                f"--model.weights {config.weights!r} is neither a file nor DEFAULT; other timm weights are selected by "
-                f"the backbone's name: {', '.join(TIMM + each for each in timm.list_pretrained(f'{name}*')[:20])}"
+                f"--model.weights {config.weights!r} is neither a file, a run, nor DEFAULT; other timm weights are "
+                f"selected by the backbone's name: {others}"
             )
         options = {"pretrained": True} | ({"pretrained_cfg_overlay": {"file": str(path)}} if path.is_file() else {})
     try:
         model = timm.create_model(name, num_classes=0, **options)
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0]  # torch goes on with advice that is not for users of a job
         raise ValueError(
-            f"weights {config.weights} of {config.backbone} are not available: {error}; {_WITHOUT_INTERNET}"
+            f"weights {config.weights} of {config.backbone} are not available: {reason}; {_WITHOUT_INTERNET}"
         ) from error
     ours, theirs = (
         (torch.tensor(mean), torch.tensor(std))

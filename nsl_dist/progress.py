@@ -4,13 +4,16 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
 
 Output = Literal["full", "quiet", "json"]
+SILENCE_SECONDS = 5.0  # after which `doing` is repeated
 _output: Output = "full"
+_activity: tuple[str, float] | None = None  # what is going on, and since when
 
 
 class Progress:
@@ -73,19 +76,53 @@ def close_bars() -> None:
             _bars().remove_task(task)
 
 
+class _Timed:
+    """A stream that knows when it was written to."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.written_at = time.monotonic()
+
+    def write(self, text: str) -> int:
+        self.written_at = time.monotonic()
+        return int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def output(choice: Output) -> Iterator[None]:
-    """Discard everything printed except results ("quiet"), or send it to stderr ("json")."""
+    """Discard everything printed except results ("quiet"), or send it to stderr ("json"); see also `doing`."""
     global _output
     _output = choice
+    ended = threading.Event()
     try:
         with open(os.devnull, "w") as nowhere:
-            stream = {"full": sys.stdout, "quiet": nowhere, "json": sys.stderr}[choice]
+            stream = _Timed({"full": sys.stdout, "quiet": nowhere, "json": sys.stderr}[choice])
+            threading.Thread(target=_end_silences, args=(stream, ended), daemon=True).start()
             with redirect_stdout(stream):
                 yield
     finally:
+        ended.set()
         close_bars()
         _output = "full"
+
+
+def doing(activity: str | None) -> None:
+    """Say what begins now; it is printed, with its duration, whenever nothing else was for `SILENCE_SECONDS`.
+
+    None ends the repetition.
+    """
+    global _activity
+    _activity = (activity, time.monotonic()) if activity is not None else None
+
+
+def _end_silences(stream: _Timed, ended: threading.Event) -> None:
+    while not ended.wait(0.5):
+        now, activity = time.monotonic(), _activity
+        if activity is not None and now - stream.written_at >= SILENCE_SECONDS:
+            print(f"{activity[0]}: {duration(now - activity[1])}", file=stream, flush=True)
 
 
 def show_results(text: str, results: dict[str, Any]) -> None:
@@ -118,6 +155,12 @@ class Phases:
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.seconds.items())
         return f"{duration(sum(self.seconds.values()))}: {phases}"
+
+
+def announce(lines: dict[str, str]) -> None:
+    """Print what a job is about to do, by heading; headings without text are left out."""
+    width = max(10, *map(len, lines))
+    print("\n".join(f"{name:>{width}}  {text}" for name, text in lines.items() if text), flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import signal
 import socket
 import tempfile
 import time
@@ -37,7 +38,7 @@ NOISY_LOGGERS = {
 }
 NO_NODE = "0" * 55 + "1"
 DATA_ENVIRONMENT = {
-    "RAY_DATA_LOG_LEVEL": "WARNING",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",  # each error is also raised, and shown once by the driver
     "RAY_DATA_USAGE_DISABLED": "1",  # an actor that stays, for usage statistics: see `keep_ray_data_statistics_here`
 }
 # For a local Ray only.
@@ -75,6 +76,26 @@ def local_ray_environment() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+@contextmanager
+def keep_sigterm_handler() -> Iterator[None]:
+    """Keep the handler of SIGTERM that a job has set, which `ray.init` would replace.
+
+    Ray's own raises SystemExit wherever the process is, and its end may wait a minute for a Ray that is not up yet. The
+    one of its C++ part prints a stack. No argument of `ray.init` leaves them out. Without a handler, Ray's are set.
+
+    Can go when `ray.init` keeps handlers.
+    """
+    from ray._private import utils
+
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler):
+        yield
+        return
+    with patch.object(utils, "set_sigterm_handler", lambda _: None):
+        yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _free_port() -> int:

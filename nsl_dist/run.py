@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyarrow import fs
 
 from nsl_dist import storage
-from nsl_dist.config import DataConfig, ModelConfig, TrainConfig, config_from_dict
+from nsl_dist.config import DEFAULT_STORAGE, DataConfig, ModelConfig, TrainConfig, config_from_dict
 from nsl_dist.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ RUN_FILE = "run.json"
 # Files of a run:
 BEST = "best"
 RESULTS_FILE = "results.json"
+FAILURES_FILE = "failures.csv"
 MLFLOW_ID_FILE = "mlflow_run_id"
 _CONFIG_FILE = "config.json"
 _DIGEST_FILE = "data_digest"
@@ -136,6 +137,24 @@ class RunFolder:
         """Return the folder of the configured run."""
         return cls(storage.join(storage.absolute(config.storage), "runs", str(config.run_name)))
 
+    @classmethod
+    def holding(cls, checkpoint: str) -> "RunFolder | None":
+        """Return the run that a checkpoint, `best`, or the folder itself belongs to; None if it is of no run."""
+        location = storage.absolute(checkpoint).rstrip("/")
+        candidates = (cls(location), cls(location.rpartition("/")[0]))
+        return next((each for each in candidates if each.mlflow_run_id() is not None), None)
+
+    @classmethod
+    def storage_of(cls, checkpoint: str) -> str:
+        """Return the --storage of the run of a checkpoint; ~/nsl_dist if it is of no run."""
+        folder = cls.holding(checkpoint)
+        return folder.storage_root if folder is not None else storage.absolute(DEFAULT_STORAGE)
+
+    @property
+    def storage_root(self) -> str:
+        """The --storage of the run."""
+        return self.parent.rpartition("/")[0]
+
     @property
     def name(self) -> str:
         """The run's name."""
@@ -221,6 +240,11 @@ class RunFolder:
             return None
         return config_from_dict(json.loads(storage.read_bytes(location)), location=location)
 
+    def tracking_uri(self) -> str | None:
+        """Return --tracking.uri as the run was started with, whatever release that was."""
+        text = self._read_text(_CONFIG_FILE)
+        return json.loads(text)["tracking"]["uri"] if text is not None else None
+
     def mlflow_run_id(self) -> str | None:
         """Return MLflow's id of the run, or None if it has not started."""
         return self._read_text(MLFLOW_ID_FILE)
@@ -280,6 +304,15 @@ def find_checkpoint(location: str) -> str:
             "a run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
         )
     return newest[0]
+
+
+def model_of_run(location: str) -> str | None:
+    """Return the folder of the best model of a run, or of the checkpoint itself, or None if `location` is neither."""
+    location = storage.absolute(location).rstrip("/")
+    found = [
+        each for each in (location, storage.join(location, BEST)) if storage.exists(storage.join(each, MODEL_FILE))
+    ]
+    return found[0] if found else None
 
 
 def _is_complete(checkpoint: str) -> bool:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,68 @@ def exists(location: str) -> bool:
     """Return whether a file or folder exists."""
     filesystem, path = resolve(location)
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What lies below a folder, by path relative to it.
+
+    Attributes:
+        sizes: of the files, in bytes.
+        folders: at any depth.
+        broken_links: symbolic links to nothing.
+
+    """
+
+    sizes: dict[str, int]
+    folders: list[str]
+    broken_links: list[str]
+
+
+def has_folders(root: str) -> bool:
+    """Return whether a folder holds others."""
+    filesystem, path = resolve(root)
+    return any(info.type == fs.FileType.Directory for info in filesystem.get_file_info(fs.FileSelector(path)))
+
+
+def list_tree(root: str) -> Tree:
+    """List a folder with everything below it; symbolic links are followed.
+
+    Raises:
+        ValueError: a link leads to a folder that it lies in.
+
+    """
+    filesystem, top = resolve(root)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return _list_local_tree(top)
+    tree, prefix = Tree({}, [], []), len(top.rstrip("/")) + 1
+    for info in filesystem.get_file_info(fs.FileSelector(top, recursive=True)):
+        if info.type == fs.FileType.File:
+            tree.sizes[info.path[prefix:]] = info.size
+        elif info.type == fs.FileType.Directory:
+            tree.folders.append(info.path[prefix:])
+    return tree
+
+
+def _list_local_tree(top: str) -> Tree:
+    """List a local folder; pyarrow would go round in loops of links, and leave out broken ones without a word."""
+    tree = Tree({}, [], [])
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(top),))]  # with the real folders above
+    while waiting:
+        folder, above = waiting.pop()
+        for entry in os.scandir(os.path.join(top, folder)):
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir():
+                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+                if real in above:
+                    raise ValueError(f"{entry.path} is a link to a folder that it lies in; remove it")
+                tree.folders.append(path)
+                waiting.append((path, (*above, real)))
+            elif entry.is_file():
+                tree.sizes[path] = entry.stat().st_size
+            elif entry.is_symlink():
+                tree.broken_links.append(path)
+    return tree
 
 
 def read_bytes(location: str) -> bytes:

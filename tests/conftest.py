@@ -118,10 +118,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(raw: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> "Manifest":
     """`raw` in shards; a test that damages them takes a copy."""
-    from nsl_dist.data.shards import open_data
+    from nsl_dist.data.shards import find_data, open_data
 
     storage = tmp_path_factory.mktemp("shards")
-    return open_data(str(raw), layout="sop", storage_root=str(storage), max_undecodable=0)
+    return open_data(find_data(str(raw), layout="sop"), storage_root=str(storage), max_undecodable=0)
 
 
 @pytest.fixture(scope="session")

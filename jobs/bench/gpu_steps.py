@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsl_dist.config import ProxyConfig
-from nsl_dist.data.transforms import decode, normalise
+from nsl_dist.data.images import decode
+from nsl_dist.data.transforms import normalise
 from nsl_dist.training.step import TrainingStep
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")

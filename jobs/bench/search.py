@@ -87,7 +87,8 @@ def write_vectors(location: str, num_vectors: int, dim: int) -> EmbeddingSet:
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         files.append(f"test-{start:012d}.parquet")
         counts.append(len(ids))
-        write_file(f"{location}/{files[-1]}", split="test", ids=ids, labels=labels, vectors=vectors)
+        paths = [f"{id_}.jpg" for id_ in ids]
+        write_file(f"{location}/{files[-1]}", split="test", ids=ids, paths=paths, labels=labels, vectors=vectors)
     return EmbeddingSet(location=location, split="test", dim=dim, files=tuple(files), counts=tuple(counts))
 
 

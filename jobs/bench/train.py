@@ -56,10 +56,11 @@ from plain_training import Parts, Trained, Work, settle, summarise, twin_trainin
 from nsl_dist import cluster, storage
 from nsl_dist.commandline import parse_train_config, run_job
 from nsl_dist.config import CheckpointConfig, TrackingConfig, TrainConfig, TrainEvalConfig
+from nsl_dist.data.images import decode
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
-from nsl_dist.data.shards import Manifest, Split, is_prepared, load_manifest, open_data
+from nsl_dist.data.shards import Manifest, Split, find_data, is_prepared, load_manifest, open_data, synthetic_data
 from nsl_dist.data.stream import DATA_NICENESS, planned_batches
-from nsl_dist.data.transforms import augment, crop_draws, decode, normalise, random_crop, resize
+from nsl_dist.data.transforms import augment, crop_draws, normalise, random_crop, resize
 from nsl_dist.device import autocast_dtype
 from nsl_dist.progress import output, show_results
 from nsl_dist.training.train import DATA_CPUS, train
@@ -116,12 +117,9 @@ def prepare(_: int, config: TrainConfig) -> Manifest:
     """Open the data set, sharding or rendering it the first time."""
     cluster.connect(num_cpus=1)
     try:
-        return open_data(
-            config.data.root,
-            layout=config.data.layout,
-            storage_root=config.storage,
-            max_undecodable=config.data.max_undecodable,
-        )
+        data = config.data
+        source = find_data(data.root, layout=data.layout) if data.root else synthetic_data(config.storage)
+        return open_data(source, storage_root=config.storage, max_undecodable=data.max_undecodable)
     finally:
         ray.shutdown()
 

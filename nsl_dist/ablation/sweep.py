@@ -15,12 +15,13 @@ from nsl_dist import cluster, storage
 from nsl_dist.ablation.studies import STUDIES, Study
 from nsl_dist.ablation.summary import Outcome, draw, summarise
 from nsl_dist.config import Kind, TrainConfig, flatten
-from nsl_dist.data.shards import layout_of, open_data
+from nsl_dist.data.shards import open_data, synthetic_data
 from nsl_dist.progress import duration, show_results
 from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, RunFolder, StoppedError, TrainingError
-from nsl_dist.tracking.tracker import Tracker
+from nsl_dist.stopping import before_a_stop
+from nsl_dist.tracking.tracker import Tracker, experiment_of
 from nsl_dist.training.results import TrainingResults
-from nsl_dist.training.train import cpus_needed, refuse_to_change, train
+from nsl_dist.training.train import cpus_needed, find_source, refuse_to_change, train
 
 TRIALS_AT_ONCE_HERE = 2  # on a single machine: one starts or evaluates while the other trains
 IDLE_SECONDS = 120  # keep idle worker processes of a local Ray, whose imports take seconds
@@ -57,13 +58,17 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # replace Tune's own table by `_Show`
     needed = cpus_needed(first, (base.worker_range or (1, 1))[1])
     cluster.connect(num_cpus=needed * (at_once or TRIALS_AT_ONCE_HERE), show_workers=False)
-    layout = layout_of(base.data.root, base.data.layout) if base.data.root is not None else "sop"
     manifest = open_data(
-        base.data.root, layout=layout, storage_root=base.storage, max_undecodable=base.data.max_undecodable
+        find_source(base.data) or synthetic_data(base.storage),
+        storage_root=base.storage,
+        max_undecodable=base.data.max_undecodable,
     )
-    base = dataclasses.replace(base, data=dataclasses.replace(base.data, root=manifest.root))
-    _start_tracking(tracker, base, layout, folder, study=name)
-    base = dataclasses.replace(base, tracking=dataclasses.replace(base.tracking, parent=tracker.run_id))
+    experiment = experiment_of(base, manifest)
+    in_shards = dataclasses.replace(base.data, root=manifest.root, split="classes", test_share=0.5, test_classes=None)
+    base = dataclasses.replace(base, data=in_shards)
+    _start_tracking(tracker, base, experiment, folder, study=name)
+    tracking = dataclasses.replace(base.tracking, experiment=experiment, parent=tracker.run_id)
+    base = dataclasses.replace(base, tracking=tracking)
 
     at_once = at_once or _room(base, cpus=needed)
     base = dataclasses.replace(base, threads=base.threads or max(1, (os.cpu_count() or 1) // at_once))
@@ -82,9 +87,15 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
         f"    MLflow  {tracker.uri}, run {tracker.run_id}",
         flush=True,
     )
+
+    def stop() -> str:
+        tracker.finish(status="KILLED")
+        return f"the same command with --run-name {run_name} continues"
+
     try:
         if to_do:
-            _run_trials(to_do, study_folder=folder, at_once=at_once)
+            with before_a_stop(stop):
+                _run_trials(to_do, study_folder=folder, at_once=at_once)
         outcomes = [_outcome(config, arm, tracker) for arm, config in by_arm]
         text, results = summarise(study, outcomes)
         results |= {"study": name, "config": dataclasses.asdict(base), "seeds": seeds}
@@ -109,14 +120,12 @@ def _room(base: TrainConfig, *, cpus: int) -> int:
     return max(1, room)
 
 
-def _start_tracking(tracker: Tracker, base: TrainConfig, layout: str, folder: str, *, study: str) -> None:
+def _start_tracking(tracker: Tracker, base: TrainConfig, experiment: str, folder: str, *, study: str) -> None:
     location = storage.join(folder, MLFLOW_ID_FILE)
     if storage.exists(location):
         tracker.resume(storage.read_bytes(location).decode())
         return
-    tracker.start_study(
-        base.tracking.experiment or layout, name=str(base.run_name), params={"study": study} | flatten(base)
-    )
+    tracker.start_study(experiment, name=str(base.run_name), params={"study": study} | flatten(base))
     storage.write_bytes(location, tracker.run_id.encode())
 
 

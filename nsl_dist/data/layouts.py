@@ -4,17 +4,18 @@ A record holds an image's split, class and path. Splits are "train" and either "
 others, or "query" and "gallery".
 """
 
+import hashlib
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
 import pyarrow as pa
-from pyarrow import fs
 
 from nsl_dist import storage
-from nsl_dist.config import Layout
+from nsl_dist.config import BY_CLASSES, FolderSplit, Layout
 
 RECORDS_SCHEMA = pa.schema(
     [
@@ -32,7 +33,9 @@ INSHOP_LIST = "list_eval_partition.txt"
 INSHOP_HEADER = "image_name item_id evaluation_status"
 CUB_FILES = ("images.txt", "image_class_labels.txt", "classes.txt")
 CARS_FILE = "cars_annos.mat"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,7 @@ def recognise(root: str) -> Layout:
         )
     if (layout := official_layout(root)) is not None:
         return layout
-    filesystem, path = storage.resolve(root)
-    if any(info.type == fs.FileType.Directory for info in filesystem.get_file_info(fs.FileSelector(path))):
+    if storage.has_folders(root):
         return "folders"
     raise ValueError(
         f"{root} holds neither shards (manifest.json) nor a known layout: Stanford Online Products "
@@ -103,8 +105,13 @@ def official_layout(root: str) -> Layout | None:
     return found[0] if found else None
 
 
-def read_records(root: str, *, layout: Layout) -> pa.Table:
+def read_records(root: str, *, layout: Layout, split: FolderSplit = BY_CLASSES) -> pa.Table:
     """Read the records of a raw data set.
+
+    Args:
+        root: folder or URI.
+        layout: layout of the data set.
+        split: how class folders are split; other layouts accept only the default.
 
     Returns:
         Records with `RECORDS_SCHEMA`, ordered by split, class and image.
@@ -117,9 +124,17 @@ def read_records(root: str, *, layout: Layout) -> pa.Table:
     """
     if not storage.exists(root):
         raise FileNotFoundError(f"no such folder: {root}; set --data.root (or --root) to the unpacked data set")
-    sizes = _file_sizes(root)
-    rows = _READERS[layout](root, sizes)
-    _reject_shared_classes(rows)
+    sizes = storage.list_tree(root).sizes
+    if layout == "folders":
+        rows = _read_folders(root, sizes, split)
+    elif split == BY_CLASSES:
+        rows = _READERS[layout](root, sizes)
+    else:
+        raise ValueError(
+            f"{root} has the layout {layout} with a split of its own; --data.split, --data.test-share and "
+            "--data.test-classes are for class folders"
+        )
+    _reject_shared_classes(rows, allowed=split.by == "images")
     missing = [row for row in rows if row.path not in sizes]
     if missing:
         raise FileNotFoundError(
@@ -132,8 +147,7 @@ def read_records(root: str, *, layout: Layout) -> pa.Table:
 def read_catalogue(root: str) -> pa.Table:
     """Read the records of a folder of images to be searched, not trained on.
 
-    The class of an image is its top-level folder. Images directly in the root are each a class of their own, named
-    after the file.
+    The class of an image is its folder. An image directly in the root is a class of its own, named after the file.
 
     Returns:
         Records of the split "test", with `RECORDS_SCHEMA`.
@@ -145,14 +159,14 @@ def read_catalogue(root: str) -> pa.Table:
     """
     if not storage.exists(root):
         raise FileNotFoundError(f"no such folder: {root}; give a folder of images or shards")
-    sizes = _file_sizes(root)
-    paths = sorted(path for path in sizes if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
+    sizes = storage.list_tree(root).sizes
+    paths = sorted(path for path in sizes if _is_image(path))
     if not paths:
         raise ValueError(
             f"{root} contains no images (files ending in {', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of images "
             "or shards"
         )
-    names = [PurePosixPath(path).parts[0] for path in paths]
+    names = [_folder(path) or path for path in paths]
     rows = [
         _Row("test", name, name, number, path, storage.join(root, path))
         for number, (name, path) in enumerate(zip(names, paths, strict=True), start=1)
@@ -279,25 +293,106 @@ def _read_cars196(root: str, _sizes: dict[str, int]) -> list[_Row]:
     return rows
 
 
-def _read_folders(root: str, sizes: dict[str, int]) -> list[_Row]:
-    """Read one folder of images per class; in order of names, the first half is for training, the second for test."""
-    images = sorted(
-        path
-        for path in sizes
-        if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES and len(PurePosixPath(path).parts) > 1
-    )
-    names = sorted({PurePosixPath(path).parts[0] for path in images})
+def _read_folders(root: str, sizes: dict[str, int], split: FolderSplit) -> list[_Row]:
+    """Read folders of images; each folder that holds images is a class."""
+    images = sorted(path for path in sizes if _is_image(path) and _folder(path))
+    names = sorted({_folder(path) for path in images})
     if len(names) < 2:
         raise ValueError(
             f"{root}: images of {len(names)} class folders; training and testing need two or more folders in the "
             f"root with files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    train = set(names[: len(names) // 2])
+    _reject_classes_in_classes(root, names)
+    if split.by == "images":
+        test = set(_drawn_by_class(images, split.test_share))
+    else:
+        classes = _test_classes(root, names, split)
+        test = {path for path in images if _folder(path) in classes}
     return [
-        _Row("train" if name in train else "test", name, name, number, path, storage.join(root, path))
+        _Row("test" if path in test else "train", _folder(path), _folder(path), number, path, storage.join(root, path))
         for number, path in enumerate(images, start=1)
-        for name in PurePosixPath(path).parts[:1]
     ]
+
+
+def _is_image(path: str) -> bool:
+    return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _folder(path: str) -> str:
+    """Return the folder of a file, relative to the root; "" is the root itself."""
+    return path.rpartition("/")[0]
+
+
+def _reject_classes_in_classes(root: str, names: list[str]) -> None:
+    holders = set(names)
+    for name in names:
+        above = [str(parent) for parent in PurePosixPath(name).parents if str(parent) in holders]
+        if above:
+            raise ValueError(
+                f"{root}: both {above[0]} and {name} hold images, so it is not clear which is the class; move the "
+                f"images of {above[0]} into a folder of their own, or those of {name} up"
+            )
+
+
+def _drawn(names: list[str], share: float) -> list[str]:
+    """Draw a share of the names, at least one and not all; whether one is drawn hardly depends on the others."""
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return ordered[: min(max(1, round(share * len(names))), len(names) - 1)]
+
+
+def _drawn_by_class(images: list[str], share: float) -> Iterator[str]:
+    for _, paths in itertools.groupby(images, _folder):
+        yield from _drawn(list(paths), share)
+
+
+def _test_classes(root: str, names: list[str], split: FolderSplit) -> set[str]:
+    """Return the test classes: those of a file, or drawn ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it names a class that does not exist, or leaves no class to one of the splits.
+
+    """
+    if split.test_classes is None:
+        return set(_drawn(names, split.test_share))
+    location = split.test_classes
+    listed = {line.strip() for line in _read_lines(location, "it lists the test classes, one a line") if line.strip()}
+    unknown = sorted(listed.difference(names))
+    if unknown:
+        raise ValueError(
+            f"{location}: {root} has no class folder {unknown[0]!r} ({len(unknown)} of {len(listed)} do not exist); "
+            f"its folders are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
+    if not listed or listed == set(names):
+        raise ValueError(f"{location} lists {len(listed)} of {len(names)} classes; both splits need at least one")
+    return listed
+
+
+@dataclass(frozen=True)
+class Unused:
+    """What a folder of images holds beside the images.
+
+    Attributes:
+        files: relative paths, by ending.
+        folders: relative paths of folders without any file.
+
+    """
+
+    files: dict[str, list[str]]
+    folders: list[str]
+
+
+def unused(root: str, used: set[str]) -> Unused:
+    """Return what a folder holds besides the images at the paths in `used`."""
+    tree = storage.list_tree(root)
+    files: dict[str, list[str]] = {}
+    for path in sorted(tree.sizes):
+        if path not in used:
+            files.setdefault(PurePosixPath(path).suffix.lower() or "no ending", []).append(path)
+    if tree.broken_links:
+        files["broken links"] = sorted(tree.broken_links)
+    full = {str(parent) for path in tree.sizes for parent in PurePosixPath(path).parents}
+    return Unused(files, sorted(set(tree.folders) - full))
 
 
 _READERS: dict[Layout, Callable[[str, dict[str, int]], list[_Row]]] = {
@@ -305,9 +400,8 @@ _READERS: dict[Layout, Callable[[str, dict[str, int]], list[_Row]]] = {
     "inshop": _read_inshop,
     "cub200": _read_cub200,
     "cars196": _read_cars196,
-    "folders": _read_folders,
 }
-assert set(_READERS) == set(get_args(Layout))
+assert {*_READERS, "folders"} == set(get_args(Layout))
 
 
 def _read_lines(location: str, hint: str) -> list[str]:
@@ -337,12 +431,12 @@ def _require_splits(location: str, rows: list[_Row], splits: tuple[str, ...]) ->
             raise ValueError(f"{location}: no images of the {split} split")
 
 
-def _reject_shared_classes(rows: list[_Row]) -> None:
-    """Reject classes in both training and test, paths outside the folder, and images listed twice."""
+def _reject_shared_classes(rows: list[_Row], *, allowed: bool) -> None:
+    """Reject classes in both training and test unless allowed, paths outside the folder, and images listed twice."""
     trained: dict[str, bool] = {}
     seen: dict[str, str] = {}
     for row in rows:
-        if trained.setdefault(row.class_id, row.split == "train") != (row.split == "train"):
+        if not allowed and trained.setdefault(row.class_id, row.split == "train") != (row.split == "train"):
             raise ValueError(
                 f"{row.where}: class {row.class_id} is in both splits; test classes must be unseen in training"
             )
@@ -353,11 +447,3 @@ def _reject_shared_classes(rows: list[_Row]) -> None:
                 f"{row.where}: image {row.path} is listed twice, first at {seen[row.path]}; remove one of the rows"
             )
         seen[row.path] = row.where
-
-
-def _file_sizes(root: str) -> dict[str, int]:
-    """Return the size in bytes of every file in a folder tree, by relative path, with one listing."""
-    filesystem, path = storage.resolve(root)
-    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    prefix = len(path.rstrip("/")) + 1
-    return {info.path[prefix:]: info.size for info in infos if info.type == fs.FileType.File}

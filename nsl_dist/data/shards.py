@@ -12,32 +12,37 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 from pyarrow import fs
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import Layout
-from nsl_dist.data.layouts import RECORDS_SCHEMA, read_records, recognise
+from nsl_dist.config import BY_CLASSES, FolderSplit, Layout, SplitBy
+from nsl_dist.data.layouts import Unused, read_records, recognise, unused
 from nsl_dist.data.synthetic import write_products
 from nsl_dist.progress import Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SHARD_BYTES = 64 * 2**20
 MIN_SHARDS = 8  # per split, so that small data sets are also processed in parallel
 READ_AGAIN_AFTER = (1.0, 4.0)  # seconds; object stores fail occasionally
 IMAGES_PER_PROCESS = 256  # minimum; starting a process for fewer is not worth it
+FEW_UNDECODABLE = 5  # of three times as many images or more; in a small folder one is already a large share
+MOST_COMPARED = 5_000_000  # images whose contents are compared, since their hashes are in memory
 
-BAG_SCHEMA = pa.schema([("image_id", pa.int64()), ("class_id", pa.string()), ("image", pa.binary())])
+BAG_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("class_id", pa.string()), ("path", pa.string()), ("image", pa.binary())]
+)
 CLASSES_SCHEMA = pa.schema(
     [
         ("split", pa.string()),
@@ -121,7 +126,7 @@ class Split:
                 storage.patiently(lambda: storage.read_bytes(storage.join(self.root, MANIFEST_FILE)))
                 pause = next(pauses, None)
                 if pause is None:
-                    raise DamagedShardError(name, f"{location}: {error}") from error
+                    raise DamagedShardError(name, f"{location}: {str(error).rstrip('.')}") from error
                 _open_shard.cache_clear()
                 time.sleep(pause)
 
@@ -134,7 +139,23 @@ def _open_shard(location: str) -> pq.ParquetFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json` and the location of its folder."""
+    """The content of `manifest.json` and the location of its folder.
+
+    Attributes:
+        root: the folder.
+        layout: layout of the raw data set.
+        source: its folder or URI.
+        digest: see `records_digest`.
+        splits: numbers of images, classes and classes with one image, by split.
+        undecodable: path and error of the images that were left out.
+        shards: path, images and bytes of each shard.
+        duplicates: paths and splits of images with the same bytes; not looked for above `MOST_COMPARED` images.
+        unused: paths of files that are no images, by ending; only for class folders, as the next.
+        empty_folders: paths of folders without any file.
+        split_by: whether training and test share classes ("images") or not.
+        version: of this format.
+
+    """
 
     root: str
     layout: Layout
@@ -143,7 +164,35 @@ class Manifest:
     splits: dict[str, dict[str, int]]
     undecodable: list[dict[str, str]]
     shards: list[dict[str, Any]]
+    duplicates: list[dict[str, list[str]]] = field(default_factory=list)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    empty_folders: list[str] = field(default_factory=list)
+    split_by: SplitBy = "classes"
     version: int = FORMAT_VERSION
+
+    @property
+    def name(self) -> str:
+        """The name of the raw folder."""
+        return self.source.rstrip("/").rpartition("/")[2]
+
+    @property
+    def test_classes(self) -> str:
+        """Say which classes the test images have."""
+        return "unseen classes" if self.split_by == "classes" else "classes that training has seen other images of"
+
+    def account(self) -> dict[str, str]:
+        """Say what became of every file of the raw folder; what there is none of is left out."""
+        used = sum(split["num_images"] for split in self.splits.values())
+        across = [same for same in self.duplicates if len(set(same["splits"])) > 1]
+        lines = {
+            "used": f"{used:,} images",
+            "undecodable": _listed([f"{each['path']} ({each['error']})" for each in self.undecodable]),
+            "other files": ", ".join(f"{ending} {len(files):,}" for ending, files in sorted(self.unused.items())),
+            "empty folders": _listed(self.empty_folders),
+            "duplicates": _listed([" = ".join(same["paths"]) for same in self.duplicates]),
+            "in both splits": _listed([" = ".join(same["paths"]) for same in across]),
+        }
+        return {name: text for name, text in lines.items() if text}
 
     @property
     def evaluation_splits(self) -> tuple[str, str]:
@@ -176,6 +225,12 @@ class Manifest:
     def _classes(self, split: str, columns: list[str]) -> pa.Table:
         filesystem, path = storage.resolve(storage.join(self.root, "classes.parquet"))
         return pq.read_table(path, filesystem=filesystem, columns=columns, filters=[("split", "=", split)])
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first few of a list, with the number of all."""
+    shown = "; ".join(names[:3])
+    return f"{len(names):,}: {shown}{'; ... (all in manifest.json)' if len(names) > 3 else ''}" if names else ""
 
 
 def is_prepared(root: str) -> bool:
@@ -242,69 +297,109 @@ def layout_of(root: str, layout: Layout | None) -> Layout:
     return prepared
 
 
-def open_data(
-    root: str | None,
-    *,
-    layout: Layout | None,
-    storage_root: str,
-    max_undecodable: float,
-    check_digest: Callable[[str], None] = lambda _: None,
-) -> Manifest:
-    """Open shards, or shard a raw folder into `storage_root/shards/DIGEST` unless that exists.
+@dataclass(frozen=True)
+class DataSource:
+    """A raw data set or shards, before anything is decoded.
+
+    Attributes:
+        root: folder or URI.
+        layout: of the raw data set.
+        records: see `read_records`; None for shards.
+        split_by: whether training and test share classes.
+
+    """
+
+    root: str
+    layout: Layout
+    records: pa.Table | None
+    split_by: SplitBy
+
+    @property
+    def digest(self) -> str:
+        """See `records_digest`."""
+        if self.records is None:
+            return load_manifest(self.root).digest
+        return records_digest(self.records, layout=self.layout)
+
+    def training_sizes(self) -> NDArray[np.int64]:
+        """Return the number of images of each training class, in any order."""
+        if self.records is None:
+            return load_manifest(self.root).split("train").sizes
+        classes = self.records.filter(pc.field("split") == "train")["class_id"]
+        return classes.value_counts().field("counts").to_numpy()
+
+
+def find_data(root: str, *, layout: Layout | None, split: FolderSplit = BY_CLASSES) -> DataSource:
+    """Look at a data set.
 
     Args:
-        root: folder or URI of shards or of a raw data set; None for synthetic products, rendered into `storage_root`.
+        root: folder or URI of shards or of a raw data set.
         layout: layout of the data set; None to detect it.
-        storage_root: folder or URI.
-        max_undecodable: fraction of undecodable images above which preparation fails.
-        check_digest: called with the digest before anything is prepared; may raise an error.
+        split: how class folders are split.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: its contents are invalid (see `read_records`, `prepare`), or there are too few test images.
+        ValueError: its contents are invalid (see `read_records`), or it holds shards of another layout.
 
     """
-    root = storage.absolute(root or write_products(storage.join(storage_root, "synthetic")))
-    layout = layout_of(root, layout)
+    root, layout = storage.absolute(root), layout_of(root, layout)
     if is_prepared(root):
-        manifest = load_manifest(root)
-        check_digest(manifest.digest)
+        return DataSource(root, layout, None, load_manifest(root).split_by)
+    return DataSource(root, layout, read_records(root, layout=layout, split=split), split.by)
+
+
+def synthetic_data(storage_root: str) -> DataSource:
+    """Return the built-in synthetic products, rendered below `storage_root` unless they are there."""
+    return find_data(write_products(storage.join(storage_root, "synthetic")), layout="sop")
+
+
+def open_data(data: DataSource, *, storage_root: str, max_undecodable: float) -> Manifest:
+    """Open shards, or shard a raw data set into `storage_root/shards/DIGEST` unless that exists.
+
+    Raises:
+        ValueError: too many images are undecodable (see `prepare`), or there are too few test images.
+
+    """
+    if data.records is None:
+        manifest = load_manifest(data.root)
     else:
-        records = read_records(root, layout=layout)
-        digest = records_digest(records, layout=layout)
-        check_digest(digest)
-        out = storage.join(storage_root, "shards", digest[:16])
-        if not is_prepared(out):
-            print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
-        manifest = prepare(records, root=root, layout=layout, out=out, max_undecodable=max_undecodable)
+        manifest = prepare_into(storage_root, data, max_undecodable=max_undecodable)
     query, gallery = manifest.evaluation_splits
     if (num_images := manifest.split(gallery).num_images) < (2 if query == gallery else 1):
-        raise ValueError(f"{root}: the test split has {num_images} image, too few for an evaluation")
+        raise ValueError(f"{data.root}: the test split has {num_images} image, too few for an evaluation")
     return manifest
 
 
-def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undecodable: float) -> Manifest:
+def prepare_into(storage_root: str, data: DataSource, *, max_undecodable: float) -> Manifest:
+    """Shard a raw data set into `storage_root/shards/DIGEST` unless that exists (see `prepare`)."""
+    out = storage.join(storage_root, "shards", data.digest[:16])
+    if not is_prepared(out):
+        print(f"Sharding {data.root} into {out} (once; cached by digest)", flush=True)
+    return prepare(data, out=out, max_undecodable=max_undecodable)
+
+
+def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
     """Write shards and manifest of a data set in parallel on the cluster, one shard per CPU at a time, with progress.
 
     Undecodable images are skipped and listed in the manifest. The manifest is written last; a folder without one is
     incomplete and is written again.
 
     Args:
-        records: records with `RECORDS_SCHEMA`, ordered by split and class.
-        root: folder or URI that the paths of the records are relative to.
-        layout: layout to name in the manifest.
+        data: raw data set.
         out: folder or URI to write to.
-        max_undecodable: fraction of undecodable images above which preparation fails.
+        max_undecodable: fraction of undecodable images above which preparation fails; unless it is 0, a few may
+            always be undecodable.
 
     Raises:
-        ValueError: too many images are undecodable, or `out` holds another data set.
+        ValueError: `data` are shards, too many images are undecodable, or `out` holds another data set.
 
     """
-    assert records.schema == RECORDS_SCHEMA, f"{records.schema} is not {RECORDS_SCHEMA}"
+    if data.records is None:
+        raise ValueError(f"{data.root} holds shards already; give the folder of the raw data set")
+    root, records = data.root, data.records
     if not 0 <= max_undecodable <= 1:
         raise ValueError(f"--max-undecodable {max_undecodable} must be in [0, 1]")
-    root, out = storage.absolute(root), storage.absolute(out)
-    digest = records_digest(records, layout=layout)
+    out, digest = storage.absolute(out), data.digest
     if is_prepared(out):
         manifest = load_manifest(out)
         if manifest.digest != digest:
@@ -322,18 +417,23 @@ def prepare(records: pa.Table, *, root: str, layout: Layout, out: str, max_undec
         written.close()
 
     classes = _index_classes([row for report in reports for row in report["classes"]])
+    beside = unused(root, set(records["path"].to_pylist())) if data.layout == "folders" else Unused({}, [])
     written_classes = io.BytesIO()
     pq.write_table(classes, written_classes)
     storage.write_bytes(storage.join(out, "classes.parquet"), written_classes.getvalue())
     shards = sorted((report["shard"] for report in reports), key=lambda shard: str(shard["path"]))
     content = {
         "version": FORMAT_VERSION,
-        "layout": layout,
+        "layout": data.layout,
         "source": root,
         "digest": digest,
         "splits": _count_splits(classes),
         "undecodable": [image for report in reports for image in report["undecodable"]],
         "shards": shards,
+        "duplicates": _same_contents(reports) if len(records) <= MOST_COMPARED else [],
+        "unused": beside.files,
+        "empty_folders": beside.folders,
+        "split_by": data.split_by,
     }
     storage.write_bytes(storage.join(out, MANIFEST_FILE), json.dumps(content, indent=1).encode())
     return load_manifest(out)
@@ -387,12 +487,13 @@ def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
 
 def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[str, Any]:
     """Write one shard, class by class; return its entry for the manifest, its classes and its undecodable images."""
-    from nsl_dist.data.transforms import decode  # torch takes seconds to import, and the driver does not need it
+    from nsl_dist.data.images import decode  # torch takes seconds to import, and the driver does not need it
 
     source, source_path = storage.resolve(root)
     written = io.BytesIO()  # in memory first: another job that shards the same data may be reading the existing file
     classes: list[dict[str, Any]] = []
     undecodable: list[dict[str, str]] = []
+    contents: list[tuple[str, str, str]] = []
     rows = records.to_pylist()
     # Column statistics would put whole images into the footer.
     with pq.ParquetWriter(
@@ -401,7 +502,7 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
         start = 0
         while start < len(rows):
             stop = start
-            images, image_ids = [], []
+            images, image_ids, paths = [], [], []
             while stop < len(rows) and rows[stop]["class_id"] == rows[start]["class_id"]:
                 row = rows[stop]
                 stop += 1
@@ -414,9 +515,11 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
                     continue
                 images.append(encoded)
                 image_ids.append(row["image_id"])
+                paths.append(row["path"])
+                contents.append((hashlib.blake2b(encoded, digest_size=12).hexdigest(), row["path"], row["split"]))
             if images:
                 class_id = rows[start]["class_id"]
-                bag = pa.table([image_ids, [class_id] * len(images), images], schema=BAG_SCHEMA)
+                bag = pa.table([image_ids, [class_id] * len(images), paths, images], schema=BAG_SCHEMA)
                 row_group = len(classes)
                 writer.write_table(bag, row_group_size=len(images))
                 classes.append(
@@ -433,7 +536,17 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
     storage.write_bytes(storage.join(out, name), content)
     num_images = sum(row["num_images"] for row in classes)
     shard = {"path": name, "num_images": num_images, "num_bytes": len(content)}
-    return {"shard": shard, "classes": classes, "undecodable": undecodable}
+    return {"shard": shard, "classes": classes, "undecodable": undecodable, "contents": contents}
+
+
+def _same_contents(reports: list[dict[str, Any]]) -> list[dict[str, list[str]]]:
+    """Return paths and splits of images with the same bytes, ordered by path."""
+    images: dict[str, list[tuple[str, str]]] = {}
+    for report in reports:
+        for content, path, split in report["contents"]:
+            images.setdefault(content, []).append((path, split))
+    groups = sorted(sorted(same) for same in images.values() if len(same) > 1)
+    return [{"paths": [path for path, _ in same], "splits": [split for _, split in same]} for same in groups]
 
 
 def _collect(written: Iterable[dict[str, Any]], *, num_images: int, max_undecodable: float) -> list[dict[str, Any]]:
@@ -444,7 +557,7 @@ def _collect(written: Iterable[dict[str, Any]], *, num_images: int, max_undecoda
     for report in written:
         reports.append(report)
         bad += report["undecodable"]
-        if len(bad) > max_undecodable * num_images:
+        if len(bad) > _most_undecodable(max_undecodable, num_images):
             raise ValueError(
                 f"{len(bad)} of {num_images} images cannot be decoded, more than the allowed share "
                 f"{max_undecodable}; first: {bad[0]['path']} ({bad[0]['error']}); repair them, or raise "
@@ -452,6 +565,10 @@ def _collect(written: Iterable[dict[str, Any]], *, num_images: int, max_undecoda
             )
         progress.advance(report["shard"]["num_images"] + len(report["undecodable"]))
     return reports
+
+
+def _most_undecodable(share: float, num_images: int) -> float:
+    return max(share * num_images, min(FEW_UNDECODABLE, num_images // 3)) if share else 0
 
 
 def _index_classes(rows: list[dict[str, Any]]) -> pa.Table:
@@ -467,7 +584,7 @@ def _index_classes(rows: list[dict[str, Any]]) -> pa.Table:
 def _count_splits(classes: pa.Table) -> dict[str, dict[str, int]]:
     counts = {}
     for split in classes["split"].unique().to_pylist():
-        sizes = classes.filter(pa.compute.equal(classes["split"], split))["num_images"].to_numpy()
+        sizes = classes.filter(pc.equal(classes["split"], split))["num_images"].to_numpy()
         counts[split] = {
             "num_images": int(sizes.sum()),
             "num_classes": len(sizes),

@@ -199,7 +199,8 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tenso
     """
     import torch
 
-    from nsl_dist.data.transforms import decode, random_crop, resize
+    from nsl_dist.data.images import decode
+    from nsl_dist.data.transforms import random_crop, resize
 
     edge = config.resized_edge if crops_B4 is None else config.image_size
     images = torch.empty(len(part.labels), 3, edge, edge, dtype=torch.uint8)

@@ -1,64 +1,20 @@
-"""Image preprocessing: decoding, resizing, augmentation and cropping on the CPU, normalisation on the device.
+"""Image preprocessing: resizing, augmentation and cropping on the CPU, normalisation on the device.
 
 Letters in tensor names: B images, C = 3 colours, H and W pixels.
 """
 
-import io
 import math
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from nsl_dist.config import DataConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow formats accepted from untrusted clients
 FLOATS_AT_ONCE = 2**20
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def decode(encoded: bytes) -> Tensor:
-    """Decode an image, in any format that Pillow reads, to RGB.
-
-    Returns:
-        uint8 `[3, H, W]`.
-
-    Raises:
-        ValueError: the bytes are not a complete image.
-
-    """
-    # simplejpeg is as fast as torchvision, whose import takes each decoding process twice as long as that of torch.
-    if simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] != "CMYK":
-        pixels_HWC = simplejpeg.decode_jpeg(encoded, colorspace="RGB")
-    else:
-        try:
-            pixels_HWC = np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        except OSError as error:
-            raise ValueError(str(error)) from error
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-
-
-def size_of(encoded: bytes) -> tuple[int, int]:
-    """Return height and width of an image from its header, without decoding it.
-
-    Raises:
-        ValueError: the bytes are not an image in one of `FORMATS`.
-
-    """
-    if simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] != "CMYK":
-        height, width = simplejpeg.decode_jpeg_header(encoded)[:2]
-        return height, width
-    try:
-        width, height = Image.open(io.BytesIO(encoded), formats=FORMATS).size
-    except UnidentifiedImageError:
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
-    return height, width
 
 
 def resize(image_CHW: Tensor, edge: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Embeds the images of a data set into Parquet files: Ray Data reads and decodes, a pool of actors embeds."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -130,7 +131,7 @@ def _without_written(shards: list[_Shard], out: str) -> list[_Shard]:
 def _embedded(
     shards: list[_Shard], splits: dict[str, Split], weights: bytes | None, config: TrainConfig, *, num_gpus: int
 ) -> Iterator[pa.Table]:
-    """Yield batches of embeddings in any order, with columns `shard` (its place in `shards`), `id` and `vector`."""
+    """Yield batches of embeddings in any order, with `shard` (its place in `shards`), `id`, `path` and `vector`."""
     if not shards:
         return
     num_images = sum(shard.num_images for shard in shards)
@@ -163,28 +164,31 @@ def _reader(
 
     def read(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         cluster.import_whole("nsl_dist.data.transforms")
-        from nsl_dist.data.transforms import decode, eval_transform
+        from nsl_dist.data.images import decode
+        from nsl_dist.data.transforms import eval_transform
 
         shards, splits = ray.get(shared)
         images: list[Any] = []
         ids: list[int] = []
+        paths: list[str] = []
         places: list[int] = []
 
         def batch() -> dict[str, Any]:
-            return {"image": np.stack(images), "id": np.array(ids), "shard": np.array(places)}
+            return {"image": np.stack(images), "id": np.array(ids), "path": np.array(paths), "shard": np.array(places)}
 
         for place in rows["id"].tolist():
             split = splits[shards[place].split]
             offsets = split.offsets
             for label in shards[place].labels.tolist():
-                bag = split.read_bag(label, ["image"])["image"]
-                for index, encoded in enumerate(bag):
+                bag = split.read_bag(label, ["path", "image"])
+                for index, (path, encoded) in enumerate(zip(bag["path"], bag["image"], strict=True)):
                     images.append(eval_transform(decode(encoded.as_py()), config.data).numpy())
                     ids.append(int(offsets[label]) + index)
+                    paths.append(path.as_py())
                     places.append(place)
                     if len(ids) == config.eval.batch_size:
                         yield batch()
-                        images, ids, places = [], [], []
+                        images, ids, paths, places = [], [], [], []
         if ids:
             yield batch()
 
@@ -214,28 +218,33 @@ def _write_files(
                 parts[place].append(batch.filter(pa.compute.equal(batch["shard"], place)))
                 if sum(map(len, parts[place])) < shard.num_images:
                     continue
-                ids, vectors = _joined(parts.pop(place), shard)
+                ids, paths, vectors = _joined(parts.pop(place), shard)
                 _reject_degenerate(vectors, ids, splits[shard.split], shard.split)
-                location = storage.join(out, shard.name)
-                of_ids = labels[shard.split][ids]
-                writing.append(
-                    pool.submit(write_file, location, split=shard.split, ids=ids, labels=of_ids, vectors=vectors)
+                write = functools.partial(
+                    write_file,
+                    split=shard.split,
+                    ids=ids,
+                    paths=paths,
+                    labels=labels[shard.split][ids],
+                    vectors=vectors,
                 )
+                writing.append(pool.submit(write, storage.join(out, shard.name)))
         for future in writing:
             future.result()
     if parts:
         raise RuntimeError(f"shards {[shards[place].name for place in parts]} were not embedded completely")
 
 
-def _joined(parts: list[pa.Table], shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the ids of a shard's images, ascending, and their embeddings, `[num_images, dim]`."""
+def _joined(parts: list[pa.Table], shard: _Shard) -> tuple[NDArray[np.int64], list[str], NDArray[np.float32]]:
+    """Return the ids of a shard's images, ascending, their paths, and their embeddings, `[num_images, dim]`."""
     table = pa.concat_tables(parts).sort_by("id")
     ids = table["id"].to_numpy()
     if not np.array_equal(ids, np.arange(shard.first_id, shard.first_id + shard.num_images)):
         raise RuntimeError(
             f"shard {shard.name} was not embedded exactly once: ids {ids}, expected from {shard.first_id}"
         )
-    return ids, table["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+    return ids, table["path"].to_pylist(), vectors
 
 
 def _embedding_set(split: str, shards: list[_Shard], *, location: str, dim: int) -> EmbeddingSet:
@@ -323,4 +332,5 @@ class _Embedder:
             embeddings_BD = self.model(images.contiguous(memory_format=torch.channels_last)).cpu().numpy()
         flat = pa.array(embeddings_BD.ravel(), type=pa.float32())
         vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings_BD.shape[1])
-        return pa.table({"id": batch["id"], "shard": batch["shard"], "vector": vectors})
+        paths = pa.array(batch["path"].tolist(), pa.string())
+        return pa.table({"id": batch["id"], "path": paths, "shard": batch["shard"], "vector": vectors})

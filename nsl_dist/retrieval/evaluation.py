@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import ray
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from nsl_dist import cluster, storage
 from nsl_dist.config import (
+    BY_CLASSES,
     EvalConfig,
     EvaluateConfig,
     Kind,
@@ -21,8 +24,8 @@ from nsl_dist.config import (
     TrainConfig,
     TrainEvalConfig,
 )
-from nsl_dist.data.shards import Manifest, open_data
-from nsl_dist.progress import duration, show_results
+from nsl_dist.data.shards import Manifest, find_data, open_data, synthetic_data
+from nsl_dist.progress import announce, doing, duration, show_results
 from nsl_dist.retrieval.batch_inference import embed, embeddings_key
 from nsl_dist.retrieval.clustering import cluster_nmi
 from nsl_dist.retrieval.faiss_index import check_index
@@ -31,7 +34,8 @@ from nsl_dist.retrieval.report import REPORT_FILE, write_report
 from nsl_dist.retrieval.results import KINDS, EvaluationResults, IndexResults, table
 from nsl_dist.retrieval.sharded_search import Gallery, judge_of, open_gallery, sample_blocks, search
 from nsl_dist.retrieval.vector_files import EmbeddingSet
-from nsl_dist.run import MODEL_FILE, RESULTS_FILE, CheckpointRecord, find_checkpoint
+from nsl_dist.run import FAILURES_FILE, MODEL_FILE, RESULTS_FILE, CheckpointRecord, RunFolder, find_checkpoint
+from nsl_dist.stopping import before_a_stop
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
@@ -46,7 +50,9 @@ RECALL_AT: dict[Layout, tuple[int, ...]] = {
 }
 
 
-def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int) -> EvaluationResults:
+def evaluate(
+    weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int, failures: str | None = None
+) -> EvaluationResults:
     """Evaluate on the test split, every image querying the rest, or on the query split against the gallery.
 
     Args:
@@ -55,6 +61,8 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
             storage, and are kept for the next evaluation.
         manifest: of the data set.
         num_gpus: GPUs to embed and search with; 0 uses CPUs.
+        failures: file or URI for a table of all queries whose nearest neighbour by float embeddings is of another
+            class (see `_write_failures`); None: it is not written.
 
     Raises:
         ValueError: the model's embeddings have no direction, or the approximate index cannot be built.
@@ -78,6 +86,8 @@ def evaluate(weights: str | None, config: TrainConfig, manifest: Manifest, *, nu
             if config.eval.nmi:
                 with _timed(seconds, f"nmi_{kind}"):
                     nmi[kind] = cluster_nmi(opened, kind, task.judge.classes.gallery)
+    if failures is not None:
+        _write_failures(failures, task, ranks["float"], manifest)
     query_labels = task.judge.classes.queries
     return EvaluationResults(
         nmi=nmi or None,
@@ -194,6 +204,33 @@ def _compare_index(
     return IndexResults(str(config.index), config.index_parameters, len(exact), shares)
 
 
+def _write_failures(location: str, task: _RetrievalTask, ranks: Ranks, manifest: Manifest) -> None:
+    """Write a CSV file of the queries that could have a match but whose nearest neighbour is none, the worst first.
+
+    `place_of_match` is that of the first match among the neighbours, from 1; empty if it is not among the first `k`.
+    """
+    failed = np.flatnonzero((ranks.first_match > 0) & (task.judge.num_relevant > 0))
+    failed = failed[np.argsort(-ranks.first_match[failed], kind="stable")]
+    query, gallery = manifest.evaluation_splits
+    places = ranks.first_match[failed] + 1
+    table = pa.table(
+        {
+            "path": task.queries.paths().take(failed),
+            "class": _class_names(manifest, query, failed),
+            "place_of_match": pa.array(places, mask=places > task.k),
+            "nearest_path": task.gallery.paths().take(ranks.nearest[failed]),
+            "nearest_class": _class_names(manifest, gallery, ranks.nearest[failed]),
+        }
+    )
+    with storage.open_output(location) as stream:
+        csv.write_csv(table, stream)
+
+
+def _class_names(manifest: Manifest, split: str, ids: NDArray[np.int64]) -> pa.ChunkedArray:
+    labels = np.searchsorted(manifest.split(split).offsets, ids, side="right") - 1
+    return manifest.class_ids(split).take(labels)
+
+
 def _intervals(ranks: Ranks, query_labels: NDArray[np.int64], task: _RetrievalTask) -> dict[str, tuple[float, float]]:
     values = {f"recall_at_{at}": (ranks.first_match < task.depth(at)).astype(float) for at in task.recall_at}
     values |= {"r_precision": ranks.r_precision, "map_at_r": ranks.average_precision_at_r}
@@ -209,22 +246,24 @@ def run(config: EvaluateConfig) -> EvaluationResults:
         ValueError: checkpoint, data, cluster or MLflow cannot be used for this evaluation.
 
     """
-    config = dataclasses.replace(config, storage=storage.absolute(config.storage))
+    config = _completed(config)
+    storage_root = str(config.storage)
     checkpoint = find_checkpoint(config.checkpoint)
     trained = CheckpointRecord.read(checkpoint)
     settings, weights = _settings(trained, config), storage.join(checkpoint, MODEL_FILE)
-    storage.check_writable(config.storage)
+    storage.check_writable(storage_root)
     tracker = _connect_to_mlflow(config)
     num_gpus = _wait_for_cluster(config)
-    manifest = _open_test_data(config, settings.data.root, trained.digest)
+    manifest = _open_test_data(config, settings, trained.digest)
     _check_weights(weights, settings)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained.step}"
     with _tracked(tracker, config, manifest, name=name):
         iterations = f"after {trained.step:,} iterations"
         _announce(config, settings, manifest, tracker, checkpoint=f"{checkpoint}, {iterations}", num_gpus=num_gpus)
         started = time.monotonic()
-        results = evaluate(weights, settings, manifest, num_gpus=num_gpus)
-        folder = storage.join(config.storage, "evaluations", name)
+        folder = storage.join(storage_root, "evaluations", name)
+        doing("embedding the test images and searching")
+        results = evaluate(weights, settings, manifest, num_gpus=num_gpus, failures=storage.join(folder, FAILURES_FILE))
         content = results.to_json() | {
             "checkpoint": checkpoint,
             "step": trained.step,
@@ -249,16 +288,29 @@ def run(config: EvaluateConfig) -> EvaluationResults:
         f"\n{table({'': results})}",
         f"{duration(time.monotonic() - started)} in all",
         *([f"report:  {folder}/{REPORT_FILE}"] if report else []),
+        f"misses:  {folder}/{FAILURES_FILE}",
         f"results: {folder}/{RESULTS_FILE}",
     ]
     show_results("\n".join(shown), content)
     return results
 
 
+def _completed(config: EvaluateConfig) -> EvaluateConfig:
+    """Fill in what is known from the run of the checkpoint: its storage, MLflow run and tracking URI."""
+    folder = RunFolder.holding(config.checkpoint)
+    root = storage.absolute(config.storage or RunFolder.storage_of(config.checkpoint))
+    if not config.track:
+        return dataclasses.replace(config, storage=root, run_id=None)
+    run_id, uri = (folder.mlflow_run_id(), folder.tracking_uri()) if folder is not None else (None, None)
+    return dataclasses.replace(
+        config, storage=root, run_id=config.run_id or run_id, tracking_uri=config.tracking_uri or uri
+    )
+
+
 def _settings(trained: CheckpointRecord, config: EvaluateConfig) -> TrainConfig:
     """Return the model and data of the training with the storage and search of an evaluation."""
     ours = {field.name: getattr(config.eval, field.name) for field in dataclasses.fields(config.eval)}
-    return dataclasses.replace(trained.model_settings(), storage=config.storage, eval=TrainEvalConfig(**ours))
+    return dataclasses.replace(trained.model_settings(), storage=str(config.storage), eval=TrainEvalConfig(**ours))
 
 
 def _connect_to_mlflow(config: EvaluateConfig) -> "Tracker | None":
@@ -272,7 +324,7 @@ def _connect_to_mlflow(config: EvaluateConfig) -> "Tracker | None":
         return None
     from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
 
-    tracker = Tracker(config.tracking_uri, storage_root=config.storage)
+    tracker = Tracker(config.tracking_uri, storage_root=str(config.storage))
     tracker.find(config.run_id)  # or refuse it now
     return tracker
 
@@ -283,9 +335,15 @@ def _tracked(tracker: "Tracker | None", config: EvaluateConfig, manifest: Manife
     if tracker is None:
         yield
         return
+
+    def stop() -> str:
+        tracker.finish(status="KILLED")
+        return "embeddings that are there are used by the next evaluation"
+
     try:
         tracker.start_evaluation(config, manifest, parent=str(config.run_id), name=name)
-        yield
+        with before_a_stop(stop):
+            yield
         tracker.finish(status="FINISHED")
     except BaseException:
         if tracker.run_id:  # it was created
@@ -332,35 +390,30 @@ def _announce(
         f"{' shards' if config.eval.num_shards else ''}, {config.eval.memory_budget:g} GiB",
         "MLflow": f"{tracker.uri}, run {tracker.run_id}, a child of {config.run_id}"
         if tracker
-        else "left alone; --run-id makes the evaluation a child of that run",
+        else "not tracked"
+        if not config.track
+        else "not tracked: the checkpoint is of no run; --run-id makes the evaluation a child of a run",
     }
-    print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)
+    announce(lines)
 
 
-def _open_test_data(config: EvaluateConfig, trained_root: str | None, trained_digest: str) -> Manifest:
+def _open_test_data(config: EvaluateConfig, settings: TrainConfig, trained_digest: str) -> Manifest:
     """Open the data to evaluate on.
 
     Raises:
         ValueError: it is not the data of the training, and `config` does not ask for other data.
 
     """
-    root = config.data.root or trained_root
-
-    def check(found: str) -> None:
-        if found != trained_digest and not config.data.unrelated:
-            raise ValueError(
-                f"the checkpoint was trained on data of digest {trained_digest[:16]}, "
-                f"{root or 'the synthetic products'} has {found[:16]}: its test classes may have been trained on; give "
-                "the data of the training as --data.root, or --data.unrelated to evaluate on another data set"
-            )
-
-    return open_data(
-        root,
-        layout=config.data.layout,
-        storage_root=config.storage,
-        max_undecodable=config.data.max_undecodable,
-        check_digest=check,
-    )
+    root = config.data.root or settings.data.root
+    split = settings.data.folder_split if not config.data.unrelated else BY_CLASSES
+    source = find_data(root, layout=config.data.layout, split=split) if root else synthetic_data(settings.storage)
+    if source.digest != trained_digest and not config.data.unrelated:
+        raise ValueError(
+            f"the checkpoint was trained on data of digest {trained_digest[:16]}, {source.root} has "
+            f"{source.digest[:16]}: its test classes may have been trained on; give the data of the training as "
+            "--data.root, or --data.unrelated to evaluate on another data set"
+        )
+    return open_data(source, storage_root=settings.storage, max_undecodable=config.data.max_undecodable)
 
 
 def _check_weights(weights: str, config: TrainConfig) -> None:

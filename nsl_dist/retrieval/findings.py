@@ -4,12 +4,10 @@ Letters of array names: Q sampled queries, K neighbours, S pairs of a sampled qu
 D dimensions.
 """
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
@@ -31,11 +29,11 @@ THUMBNAIL_EDGE, THUMBNAIL_QUALITY = 96, 80
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on the sheet of neighbours: a JPEG, and what the data set calls it."""
+    """An image on the sheet of neighbours: a JPEG, its class, and its path in the raw data set."""
 
     jpeg: bytes
     class_id: str
-    image_id: int
+    path: str
 
 
 @dataclass(frozen=True)
@@ -243,25 +241,19 @@ def _vectors(opened: Gallery, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 
 def _pictures(split: Split, ids: NDArray[np.int64]) -> dict[int, Picture]:
     """Return some images by id; each class is read once."""
+    from nsl_dist.data.images import thumbnail  # torch takes seconds to import
+
     ids = np.unique(ids)
     offsets = split.offsets
     labels = np.searchsorted(offsets, ids, side="right") - 1
     pictures = {}
     for label in np.unique(labels).tolist():
-        bag = split.read_bag(label, ["image_id", "class_id", "image"])
+        bag = split.read_bag(label, ["class_id", "path", "image"])
         for id_ in ids[labels == label].tolist():
             (row,) = bag.slice(id_ - int(offsets[label]), 1).to_pylist()
-            pictures[id_] = Picture(thumbnail(row["image"]), row["class_id"], row["image_id"])
+            small = thumbnail(row["image"], THUMBNAIL_EDGE, quality=THUMBNAIL_QUALITY)
+            pictures[id_] = Picture(small, row["class_id"], row["path"])
     return pictures
-
-
-def thumbnail(encoded: bytes) -> bytes:
-    """Return an image as a JPEG of at most 96 x 96 pixels."""
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    image.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
-    small = io.BytesIO()
-    image.save(small, "JPEG", quality=THUMBNAIL_QUALITY)
-    return small.getvalue()
 
 
 def _facts(results: EvaluationResults, config: TrainConfig, manifest: Manifest) -> dict[str, str]:

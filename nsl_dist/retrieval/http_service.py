@@ -239,7 +239,12 @@ class SearchService:
             raise HTTPException(404, error.args[0]) from error
 
     def _described(self, image_id: int) -> dict[str, Any]:
-        return {"id": image_id, "class": self._searcher.class_name(image_id), "image": f"/images/{image_id}"}
+        return {
+            "id": image_id,
+            "class": self._searcher.class_name(image_id),
+            "path": self._searcher.path(image_id),
+            "image": f"/images/{image_id}",
+        }
 
     @staticmethod
     async def _in(pool: ThreadPoolExecutor, work: Any, *arguments: Any) -> Any:
@@ -265,7 +270,6 @@ def run(config: SearchConfig) -> NoReturn:
     signal.signal(signal.SIGINT, interrupt)
     try:
         gallery = prepare_gallery(config)
-        signal.signal(signal.SIGTERM, interrupt)  # Ray has replaced it with its own
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(

@@ -1,9 +1,8 @@
 """Search by image within one process: the gallery is opened, embedded and indexed with faiss."""
 
-import io
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,18 +12,18 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import Kind, Layout, SearchConfig, TrainConfig
+from nsl_dist.config import Kind, SearchConfig, TrainConfig
+from nsl_dist.data.images import for_browsers
 from nsl_dist.data.layouts import official_layout, read_catalogue
-from nsl_dist.data.shards import Manifest, is_prepared, open_data, prepare, records_digest
-from nsl_dist.data.transforms import size_of
+from nsl_dist.data.shards import DataSource, Manifest, find_data, is_prepared, open_data, prepare_into
 from nsl_dist.embedder import load_embedder, read_description
+from nsl_dist.progress import announce
 from nsl_dist.retrieval.batch_inference import embed, embeddings_key
 from nsl_dist.retrieval.faiss_index import build_index
 from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes
-from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, find_checkpoint
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, RunFolder, find_checkpoint
 
 MOST_PIXELS = 50_000_000  # of a query image
 CACHED_BAGS = 64  # classes whose images are kept in memory
@@ -56,7 +55,7 @@ def prepare_gallery(config: SearchConfig) -> PreparedGallery:
         ValueError: checkpoint, gallery or index cannot be used.
 
     """
-    storage_root = storage.absolute(config.storage)
+    storage_root = storage.absolute(config.storage or RunFolder.storage_of(config.checkpoint))
     checkpoint = _find(config.checkpoint)
     model, data = read_description(checkpoint)
     settings = TrainConfig(model=model, data=data)
@@ -71,9 +70,10 @@ def prepare_gallery(config: SearchConfig) -> PreparedGallery:
     lines = {
         "checkpoint": f"{checkpoint}: {model.backbone}, {model.dim} dimensions, {data.image_size} pixels",
         "gallery": f"{num_images:,} images of {num_classes:,} classes, split {split} of {manifest.root}",
+        **{name: text for name, text in manifest.account().items() if name != "used"},
         "index": "; ".join(_described(kind, config, model.dim) for kind in config.kinds),
     }
-    print("\n".join(f"{name:>10}  {text}" for name, text in lines.items()), flush=True)
+    announce(lines)
 
     weights = storage.read_bytes(storage.join(checkpoint, MODEL_FILE))
     out = storage.join(storage_root, "embeddings", embeddings_key(weights, settings, manifest, num_gpus=num_gpus))
@@ -100,13 +100,10 @@ def _open_images(config: SearchConfig, storage_root: str) -> Manifest:
     if not storage.exists(root):
         raise FileNotFoundError(f"no such folder: {root}; give a folder of images, or shards, as --gallery")
     if is_prepared(root) or config.layout or official_layout(root):
-        return open_data(root, layout=config.layout, storage_root=storage_root, max_undecodable=config.max_undecodable)
-    layout: Layout = "folders"
-    records = read_catalogue(root)
-    out = storage.join(storage_root, "shards", records_digest(records, layout=layout)[:16])
-    if not is_prepared(out):
-        print(f"Sharding {root} into {out} (once; cached by digest)", flush=True)
-    return prepare(records, root=root, layout=layout, out=out, max_undecodable=config.max_undecodable)
+        source = find_data(root, layout=config.layout)
+        return open_data(source, storage_root=storage_root, max_undecodable=config.max_undecodable)
+    catalogue = DataSource(root, "folders", read_catalogue(root), "classes")
+    return prepare_into(storage_root, catalogue, max_undecodable=config.max_undecodable)
 
 
 def _described(kind: Kind, config: SearchConfig, dim: int) -> str:
@@ -167,6 +164,7 @@ class Searcher:
         self.image_size = self._embedder.image_size
         self._split = gallery.manifest.split(embeddings.split)
         self._offsets = self._split.offsets
+        self._paths = embeddings.paths().combine_chunks()
         self.class_names: list[str] = gallery.manifest.class_ids(embeddings.split).to_pylist()
         self._reading = threading.Lock()  # two threads that read from one open file crash the process
         self._bag = lru_cache(CACHED_BAGS)(lambda label: self._split.read_bag(label, ["image"])["image"])
@@ -191,15 +189,10 @@ class Searcher:
 
         """
         try:
-            height, width = size_of(encoded)
-        except Exception as error:  # a decoder may raise anything on untrusted bytes
-            raise ValueError(f"this is no image that can be read: {_line(error)}") from error
-        if height * width > MOST_PIXELS:
-            raise ValueError(f"{width:,} x {height:,} pixels are too many: {MOST_PIXELS:,} is the most")
-        try:
-            return self._embedder.pixels(encoded)
-        except Exception as error:  # as above
-            raise ValueError(f"the image is damaged: {_line(error)}") from error
+            return self._embedder.pixels(encoded, most_pixels=MOST_PIXELS)
+        except ValueError as error:
+            reason = str(error).removeprefix("bytes: ")
+            raise ValueError(f"this is no image that can be read: {reason}") from error
 
     def search(self, queries: Sequence[Query]) -> list[Answer]:
         """Search for several images together, which is faster than one by one."""
@@ -228,12 +221,16 @@ class Searcher:
             scores = 1 - scores / 2
         return Answer(ids.tolist(), scores.tolist(), *seconds)
 
+    def path(self, image_id: int) -> str:
+        """Return the path of a gallery image, relative to the folder that was searched."""
+        return str(self._paths[image_id])
+
     def class_name(self, image_id: int) -> str:
         """Return the data set's name of the class of a gallery image."""
         return self.class_names[self._label(image_id)]
 
     def image(self, image_id: int) -> tuple[bytes, str]:
-        """Return a gallery image, encoded as in the data set, and its media type.
+        """Return a gallery image and its media type, encoded as in the data set if browsers show that (`for_browsers`).
 
         Raises:
             KeyError: the gallery has no such image.
@@ -244,14 +241,16 @@ class Searcher:
         label = self._label(image_id)
         with self._reading:
             encoded = self._bag(label)[image_id - int(self._offsets[label])].as_py()
-        return encoded, Image.open(io.BytesIO(encoded)).get_format_mimetype() or "application/octet-stream"
+        return for_browsers(encoded)
 
     def _label(self, image_id: int) -> int:
         return int(np.searchsorted(self._offsets, image_id, side="right")) - 1
 
 
-def _line(error: Exception) -> str:
-    return (str(error).removeprefix("bytes: ") or type(error).__name__).splitlines()[0][:200]
+_MEASURES: dict[Kind, Callable[[int], str]] = {
+    "float": lambda _: "cosine similarity, 1 is the same",
+    "binary": lambda dim: f"Hamming distance in bits of {dim}, 0 is the same",
+}
 
 
 def print_neighbours(config: SearchConfig) -> None:
@@ -271,7 +270,8 @@ def print_neighbours(config: SearchConfig) -> None:
             raise ValueError(f"--query {name}: {error}") from error
         for kind in config.kinds:
             (answer,) = searcher.search([Query(pixels, kind, config.k)])
-            print(f"\n{name}, {kind}\n{'rank':>6}{'id':>10}  {'score':>8}  class")
+            print(f"\n{name} among {searcher.num_images:,} images of {config.gallery}, {_MEASURES[kind](searcher.dim)}")
+            print(f"{'rank':>6}  {'score':>8}  {'class':20}  path")
             for rank, (image_id, score) in enumerate(zip(answer.ids, answer.scores, strict=True), start=1):
                 shown = f"{score:8.4f}" if kind == "float" else f"{score:8.0f}"
-                print(f"{rank:6}{image_id:10}  {shown}  {searcher.class_name(image_id)}")
+                print(f"{rank:6}  {shown}  {searcher.class_name(image_id):20}  {searcher.path(image_id)}")

@@ -16,12 +16,14 @@ class Ranks:
     """How well each query was answered, one value per query.
 
     Attributes:
+        nearest: id of the first neighbour; -1 if there is none.
         first_match: rank of the first neighbour of the same class, from 0; K if there is none.
         r_precision: share of the first R neighbours that are of the query's class, R being its images in the gallery.
         average_precision_at_r: precision at each match among the first R neighbours, summed and divided by R.
 
     """
 
+    nearest: NDArray[np.int64]
     first_match: NDArray[np.int64]
     r_precision: NDArray[np.float64]
     average_precision_at_r: NDArray[np.float64]
@@ -54,6 +56,7 @@ def rank(
     precision_QR = np.cumsum(within_QR, axis=1) / (places + 1)
     at_least_one_Q = np.maximum(num_relevant_Q, 1)
     return Ranks(
+        nearest=neighbour_ids_QK[:, 0],
         first_match=np.where(matches_QK.any(axis=1), matches_QK.argmax(axis=1), num_neighbours),
         r_precision=within_QR.sum(axis=1) / at_least_one_Q,
         average_precision_at_r=(precision_QR * within_QR).sum(axis=1) / at_least_one_Q,
@@ -90,6 +93,7 @@ class Judge:
 def join(parts: list[Ranks]) -> Ranks:
     """Concatenate the ranks of blocks."""
     return Ranks(
+        nearest=np.concatenate([part.nearest for part in parts]),
         first_match=np.concatenate([part.first_match for part in parts]),
         r_precision=np.concatenate([part.r_precision for part in parts]),
         average_precision_at_r=np.concatenate([part.average_precision_at_r for part in parts]),

@@ -78,6 +78,12 @@ class EmbeddingSet:
                     group_first += group_count
             first += count
 
+    def paths(self) -> pa.ChunkedArray:
+        """Read the paths of all images in the raw data set, by id."""
+        with _READING:
+            read = [_open(storage.join(self.location, name)).read(columns=["path"])["path"] for name in self.files]
+        return pa.chunked_array([chunk for column in read for chunk in column.chunks], pa.string())
+
     def read_all(self, column: str, ids: range) -> NDArray[Any]:
         """Read a range of one column into one array (see `read`)."""
         return np.concatenate([rows for _, rows in self.read(column, ids)])
@@ -89,7 +95,13 @@ def pack_codes(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def write_file(
-    location: str, *, split: str, ids: NDArray[np.int64], labels: NDArray[np.int64], vectors: NDArray[np.float32]
+    location: str,
+    *,
+    split: str,
+    ids: NDArray[np.int64],
+    paths: list[str],
+    labels: NDArray[np.int64],
+    vectors: NDArray[np.float32],
 ) -> None:
     """Write one file of embeddings and their codes; it appears complete or not at all.
 
@@ -97,6 +109,7 @@ def write_file(
         location: file or URI.
         split: name of the split.
         ids: consecutive.
+        paths: of the images in the raw data set, in the order of the ids.
         labels: classes, in the order of the ids.
         vectors: `[len(ids), dim]`.
 
@@ -105,6 +118,7 @@ def write_file(
     codes = pack_codes(vectors)
     columns = {
         "id": pa.array(ids),
+        "path": pa.array(paths, pa.string()),
         "label": pa.array(labels),
         "split": pa.array([split] * len(ids)).dictionary_encode(),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim),

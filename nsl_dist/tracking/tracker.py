@@ -3,17 +3,19 @@
 import json
 import logging
 import os
+import sys
 import time
 from collections import deque
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from nsl_dist import storage
 from nsl_dist.config import EvaluateConfig, TrainConfig, flatten
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "torchvision", "ray", "faiss-gpu", "faiss-gpu-cu12", "faiss-cpu", "pyarrow", "mlflow")
 MLFLOW_PATIENCE = 300.0  # seconds to wait for MLflow at the end of a run
 SECONDS_BETWEEN_TRIES = 10.0
+PAGES = "http://127.0.0.1:5000"  # of `mlflow ui`
+# The page of an experiment is for the development of models, not of agents; MLflow 3.17 forgets it.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
+
+def experiment_of(config: TrainConfig, manifest: "Manifest") -> str:
+    """Return the name of a run's experiment."""
+    by_default = "synthetic products" if config.data.root is None else manifest.name
+    return config.tracking.experiment or by_default
 
 
 def installed_versions() -> dict[str, str]:
@@ -108,10 +119,27 @@ class Tracker:
             if not self._unsent:
                 print(f"MLflow {self.uri}: sent the {num_kept} records that it had missed", flush=True)
 
+    def where_to_look(self) -> str:
+        """Return the address of the run's page, after the command that starts MLflow if it has no server."""
+        try:
+            experiment_id = self.find(self.run_id).info.experiment_id
+        except mlflow.exceptions.MlflowException:  # unavailable
+            return self.uri
+        server = self.uri if self.uri.startswith("http") else PAGES
+        # Else the page opens in the mode for agents, whatever the experiment's tag says.
+        page = f"{server}/#/experiments/{experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+        if server == self.uri:
+            return page
+        return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {self.uri}\n         {page}"
+
     def resume(self, run_id: str) -> None:
         """Resume a run: like `add_to`, and set its status to RUNNING."""
         self.add_to(run_id)
         self._send({"status": "RUNNING"})
+
+    def note(self, text: str) -> None:
+        """Put a paragraph of Markdown above the run's description, now or when MLflow is available again."""
+        self._send({"note": text})
 
     def start(self, config: TrainConfig, manifest: "Manifest", *, cluster: str, git_commit: str | None) -> None:
         """Create the run of a training, with its configuration, data set and environment.
@@ -126,7 +154,7 @@ class Tracker:
             ValueError: the parent run does not exist.
 
         """
-        experiment_id = self._experiment(config.tracking.experiment or manifest.layout)
+        experiment_id = self._experiment(experiment_of(config, manifest))
         tags = {"cluster": cluster} | {f"version.{name}": number for name, number in installed_versions().items()}
         if git_commit is not None:
             tags[MLFLOW_GIT_COMMIT] = git_commit
@@ -175,7 +203,12 @@ class Tracker:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(name, artifact_location=self._artifacts))
+        try:
+            return str(self._client.create_experiment(name, artifact_location=self._artifacts, tags=EXPERIMENT_TAGS))
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by a run that started at the same time
+                raise
+            return self._experiment(name)
 
     def _create_run(
         self, experiment_id: str, name: str, tags: dict[str, str], manifest: "Manifest", *, context: str
@@ -183,7 +216,7 @@ class Tracker:
         run = self._client.create_run(experiment_id, run_name=name, tags=resolve_tags() | tags)
         self.run_id = run.info.run_id
         data = Dataset(
-            name=manifest.layout,
+            name=manifest.name,
             digest=manifest.digest[:36],  # MLflow's limit
             source_type="shards",
             source=json.dumps({"root": manifest.root, "source": manifest.source}),
@@ -308,6 +341,9 @@ class Tracker:
                 self._last_steps[first] = step
         elif "file" in record:
             self._client.log_text(self.run_id, record["content"], record["file"])
+        elif "note" in record:
+            before = self._client.get_run(self.run_id).data.tags.get(MLFLOW_RUN_NOTE, "")
+            self._client.set_tag(self.run_id, MLFLOW_RUN_NOTE, f"{record['note']}\n\n{before}".strip())
         elif record["status"] == "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
         else:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster, storage
 from nsl_dist.config import TrainConfig
-from nsl_dist.progress import Phases, output
+from nsl_dist.progress import Phases, doing, output
 from nsl_dist.retrieval.evaluation import evaluate
 from nsl_dist.run import MODEL_FILE, Run, RunFolder, StoppedError, TrainingError
 from nsl_dist.training.records import Evaluated, NodeMeasured
@@ -57,6 +58,7 @@ def fit(run: Run, tracker: "Tracker", phases: Phases, *, monitor_nodes: bool) ->
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     records, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
     reporter = Reporter(records, tracker, run.schedule, phases)
+    doing("starting the workers, each with its model and first images")
     nodes = NodeMetrics(lambda metrics: records.put(NodeMeasured(metrics))) if monitor_nodes else None
     try:
         stopped_by = _train_until_done(run, records, orders, reporter)
@@ -98,13 +100,19 @@ def _train_until_done(run: Run, records: Queue, orders: Queue, reporter: Reporte
     while True:
         storage.patiently(lambda: drop_damaged_record(run.folder))
         try:
-            return _run_until_stopped(_trainer(run, records, orders).fit, orders, has_left=workers_have_left)
+            return _run_until_stopped(
+                _trainer(run, records, orders).fit,
+                orders,
+                has_begun=lambda: reporter.num_attempts > 0,
+                has_left=workers_have_left,
+            )
         except TrainingFailedError as error:
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             newest = storage.patiently(run.folder.newest_checkpoint)
             if isinstance(cause, LASTING_ERRORS):
-                last = f"The last checkpoint is {newest[0] if newest else 'none'}"
-                raise TrainingError(f"run {name}: {cause}\n{last}") from None
+                last = f"the last checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+                trace = _write_trace(cause, run.folder)
+                raise TrainingError(f"run {name}: {_unwrapped(cause)}; {last}; stack trace in {trace}") from None
             num_failures += 1
             if not isinstance(cause, OSError) or 0 <= max_failures < num_failures:
                 raise TrainingError(
@@ -113,6 +121,20 @@ def _train_until_done(run: Run, records: Queue, orders: Queue, reporter: Reporte
                 ) from error
             # Ray Train does not retry when storage fails while it saves its own record.
             print(f"Ray Train's controller failed: {cause}; it is started again", flush=True)
+
+
+def _unwrapped(error: Exception) -> Exception:
+    """Return what a task of Ray raised, without the stack traces that Ray puts into the text."""
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    return error
+
+
+def _write_trace(error: Exception, folder: RunFolder) -> str:
+    """Write the stack trace of a failure beside the run; return its location."""
+    location = folder.file("error.txt")
+    storage.write_bytes(location, "".join(traceback.format_exception(error)).encode())
+    return location
 
 
 def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
@@ -156,7 +178,17 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     from nsl_dist.training.loop import train_worker  # imported here to spare the driver and the controller
 
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO, which prints lines for each report
-    train_worker(**arguments)
+    try:
+        train_worker(**arguments)
+    except Exception as error:
+        if isinstance(_unwrapped(error), LASTING_ERRORS):
+            _leave_errors_to_the_driver()
+        raise
+
+
+def _leave_errors_to_the_driver() -> None:
+    """Keep Ray Train from printing stack traces in this process: the driver writes them to a file."""
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
 
 
 def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, records: Queue) -> dict[str, float]:
@@ -177,6 +209,7 @@ class _StopAtLastingErrors(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         for error in worker_exceptions.values():
             if isinstance(error, LASTING_ERRORS):
+                _leave_errors_to_the_driver()
                 raise error
 
 
@@ -198,11 +231,14 @@ def drop_damaged_record(folder: RunFolder) -> None:
         storage.delete(location)
 
 
-def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Callable[[], bool]) -> int | None:
+def _run_until_stopped(
+    work: Callable[[], Any], orders: Queue, *, has_begun: Callable[[], bool], has_left: Callable[[], bool]
+) -> int | None:
     """Call `work` in a thread; on SIGTERM or SIGINT, tell the workers to leave.
 
-    A second signal ends the driver immediately. Once the workers have left, `work` gets only a few more seconds: Ray
-    Train would wait for all pending evaluations, which are done when the run continues.
+    A second signal ends the driver immediately, as does the first while the workers have not begun and so have nothing
+    to write. Once the workers have left, `work` gets only a few more seconds: Ray Train would wait for all pending
+    evaluations, which are done when the run continues.
 
     Returns:
         The signal that was received, or None.
@@ -210,9 +246,10 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
     """
     received: list[int] = []
 
-    def stop(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
+    def stop(number: int, frame: Any) -> None:
+        handler = before.get(number)
+        if (received or not has_begun()) and callable(handler):
+            handler(number, frame)
         received.append(number)
 
     done: Future[Any] = Future()
@@ -223,7 +260,7 @@ def _run_until_stopped(work: Callable[[], Any], orders: Queue, *, has_left: Call
         except BaseException as error:
             done.set_exception(error)
 
-    before = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -236,7 +236,7 @@ def _measure(run: Run, step: int, *, loss: float, accuracy: float, meter: Meter)
     return StepMetrics(
         step=step + 1,
         loss=loss,
-        accuracy=accuracy,
+        accuracy_sampled=accuracy,
         learning_rate=lr,
         learning_rate_proxies=lr * run.config.proxies.lr_scale,
         **dataclasses.asdict(meter.read(step)),

@@ -38,7 +38,7 @@ class StepMetrics:
 
     step: int
     loss: float
-    accuracy: float
+    accuracy_sampled: float  # share of the batch whose class is the nearest of the sampled ones
     learning_rate: float
     learning_rate_proxies: float
     images_per_second: float

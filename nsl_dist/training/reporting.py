@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ray.util.queue import Queue
 
-from nsl_dist.progress import Bar, Phases, counted, duration
+from nsl_dist.progress import Bar, Phases, counted, doing, duration
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.records import (
     AttemptStarted,
@@ -37,6 +37,7 @@ class Reporter:
         phases: start-up phases; the last one ends with the first iteration.
 
     Attributes:
+        num_attempts: starts of workers that came to train.
         rates: throughputs so far, in images/s.
         left_at: number of iterations after which the workers left as ordered; None if they have not.
 
@@ -51,7 +52,7 @@ class Reporter:
         self._phases = phases
         self._shown_step = 0
         self._seen_at = time.monotonic()
-        self._num_attempts = 0
+        self.num_attempts = 0
         self._lost: list[str] = []
         self._bar: Bar | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -103,14 +104,15 @@ class Reporter:
 
     def _show_attempt(self, attempt: AttemptStarted) -> None:
         """Print where training starts, or continues after a failure."""
-        self._num_attempts += 1
+        doing(None)
+        self.num_attempts += 1
         where = f"on {counted(attempt.world_size, 'worker')}"
         if attempt.checkpoint is not None:
             name, mib = attempt.checkpoint.rpartition("/")[2], attempt.bytes_read / 2**20
             where += f" from {name}, of which the first worker read {mib:,.1f} MiB"
         if attempt.num_left_out:
             where += f", without {attempt.num_left_out:,} classes of damaged shards"
-        if self._num_attempts == 1:
+        if self.num_attempts == 1:
             self._phases.end("workers and first iteration")
             self._say(attempt.step + 1, f"training {where}\nstarted in {self._phases}")
         else:
@@ -129,7 +131,7 @@ class Reporter:
         epoch = (step - 1) // schedule.steps_per_epoch + 1
         line = (
             f"step {step:,}/{schedule.num_steps:,}  epoch {epoch}  loss {metrics.loss:.3f}  "
-            f"accuracy {metrics.accuracy:.0%}  lr {metrics.learning_rate:.2g}  "
+            f"accuracy {metrics.accuracy_sampled:.0%}  lr {metrics.learning_rate:.2g}  "
             f"{metrics.images_per_second:.0f} images/s  data wait {metrics.data_wait_share:.0%}"
             + (f"  {duration(metrics.seconds_left)} left" if metrics.seconds_left is not None else "")
         )

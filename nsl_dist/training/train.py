@@ -4,29 +4,32 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import Layout, TrainConfig, differences
+from nsl_dist.config import BY_CLASSES, DataConfig, TrainConfig, differences
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import Manifest, layout_of, open_data
-from nsl_dist.progress import Phases, duration, show_results
+from nsl_dist.data.shards import DataSource, Manifest, find_data, open_data, synthetic_data
+from nsl_dist.progress import Phases, announce, doing, duration, show_results
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.retrieval.evaluation import evaluate
 from nsl_dist.retrieval.faiss_index import check_index
 from nsl_dist.retrieval.report import REPORT_FILE, write_report
 from nsl_dist.retrieval.results import EvaluationResults, table
-from nsl_dist.run import MODEL_FILE, RESULTS_FILE, Run, RunFolder, StoppedError, unsent_file
+from nsl_dist.run import FAILURES_FILE, MODEL_FILE, RESULTS_FILE, Run, RunFolder, StoppedError, unsent_file
 from nsl_dist.schedule import Schedule
+from nsl_dist.stopping import before_a_stop
 from nsl_dist.training.fit import fit, worker_resources
 from nsl_dist.training.preflight import check_model
 from nsl_dist.training.results import TrainingResults
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
 
 # CPUs besides the training workers': one to decode, and for evaluation during training one each to decode and embed.
 DATA_CPUS = 1
+ADVISED_CLASSES = 50  # for training
 MID_RUN_EVAL_CPUS = 2
+CLASSES_SHOWN = 12
 
 
 def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
@@ -55,19 +60,19 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
     """
     called_at = time.time()
     spent = Phases()
-    config, layout = _check(config)
+    config, source = _check(config)
     folder = RunFolder.of(config)
     tracker = _connect(config, folder)
     start = Phases(began=cluster.submitted_at() or called_at)
     start.end("job, Ray and MLflow")
     config = _settle(config)
     start.end("nodes")
-    manifest = _open_data(config, folder, layout)
+    manifest = _open_data(config, folder, source)
     start.end("data and model")
     run = begin(config, folder, manifest, tracker)
-    _announce(run, tracker)
-    spent.end("setup")
     with _tracking_the_end(run, tracker):
+        _announce(run, tracker)
+        spent.end("setup")
         untrained = None
         if config.eval.untrained:
             untrained = _evaluate(run, tracker, step=0)
@@ -97,12 +102,12 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
     return results
 
 
-def _check(config: TrainConfig) -> tuple[TrainConfig, Layout]:
+def _check(config: TrainConfig) -> tuple[TrainConfig, DataSource | None]:
     """Check whatever can be checked before starting anything.
 
     Returns:
         The configuration with its run name, absolute storage path and, if the run continues, the settings it was
-        started with; and the layout of its data.
+        started with; and its data, None for synthetic products.
 
     """
     config = dataclasses.replace(
@@ -110,11 +115,68 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, Layout]:
         storage=storage.absolute(config.storage),  # processes may have different working directories
         run_name=config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
     )
-    layout = layout_of(config.data.root, config.data.layout) if config.data.root is not None else "sop"
+    source = find_source(config.data)
     storage.check_writable(config.storage)
     config = as_started(config)
     check_index(config.eval, config.model.dim)
-    return config, layout
+    return (fit_batch(config, source.training_sizes()) if source is not None else config), source
+
+
+def find_source(config: DataConfig) -> DataSource | None:
+    """Look at the configured data; None stands for synthetic products.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_data`; or a split is asked of shards.
+
+    """
+    if config.root is None:
+        return None
+    source = find_data(config.root, layout=config.layout, split=config.folder_split)
+    if source.records is None and config.folder_split != BY_CLASSES:
+        raise ValueError(
+            f"{config.root} holds shards, which were split when they were prepared; give --data.split, "
+            "--data.test-share and --data.test-classes to jobs/prepare_shards.py (there without data.)"
+        )
+    return source
+
+
+def fit_batch(config: TrainConfig, sizes: NDArray[np.int64]) -> TrainConfig:
+    """Make a recipe's batch smaller where there are too few training classes or images for it, and say so.
+
+    Args:
+        config: its batch is left as it is if the user chose it; `ClassBalancedPlan` refuses one that is too large.
+        sizes: images of each training class.
+
+    Raises:
+        ValueError: there are fewer than two training classes.
+
+    """
+    num_classes, per_class = len(sizes), config.data.images_per_class
+    if num_classes < 2:
+        raise ValueError(
+            f"{config.data.root}: too few training classes, {num_classes}; training by classification needs two or "
+            f"more, and {ADVISED_CLASSES} or more to be of use for classes that it has not seen"
+        )
+    if num_classes < ADVISED_CLASSES:
+        print(
+            f"{num_classes} training classes are few: {ADVISED_CLASSES} or more are advised for embeddings of classes "
+            "that training has not seen",
+            flush=True,
+        )
+    most = num_classes * per_class if per_class is not None else int(sizes.sum())
+    step = math.lcm(per_class or 1, *range(*_counts_of_workers(config)))
+    fitted = most // step * step
+    if not config.data.fit_batch or config.data.batch_size <= most or fitted == 0:
+        return config
+    there = f"{num_classes} training classes x {per_class}" if per_class is not None else f"{most} training images"
+    print(f"batch {config.data.batch_size} -> {fitted}: {there}", flush=True)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=fitted))
+
+
+def _counts_of_workers(config: TrainConfig) -> tuple[int, int]:
+    """Return the bounds of a range of all numbers of workers that a configuration allows."""
+    fewest, most = config.worker_range or (1, 1)
+    return fewest, most + 1
 
 
 def as_started(config: TrainConfig) -> TrainConfig:
@@ -127,6 +189,9 @@ def as_started(config: TrainConfig) -> TrainConfig:
         device=config.device if config.device != "auto" else before.device,
         num_workers=config.num_workers or before.num_workers,
         threads=config.threads or before.threads,
+        data=dataclasses.replace(config.data, batch_size=before.data.batch_size)
+        if config.data.fit_batch
+        else config.data,
     )
 
 
@@ -160,7 +225,10 @@ def _connect(config: TrainConfig, folder: RunFolder) -> "Tracker":
         goes_on = folder.mlflow_run_id() is not None
         return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
 
-    opening = ThreadPoolExecutor(1).submit(open_tracking)
+    doing("starting Ray and MLflow")
+    pool = ThreadPoolExecutor(1)
+    opening = pool.submit(open_tracking)
+    pool.shutdown(wait=False)  # its thread ends with the work
     _refuse_to_train_again(config, folder, opening)
     refuse_to_change(config)
     _, most_workers = config.worker_range or (1, 1)
@@ -180,7 +248,10 @@ def _refuse_to_train_again(config: TrainConfig, folder: RunFolder, opening: "Fut
     run_id = folder.mlflow_run_id()
     if run_id is not None and storage.exists(unsent_file(config.storage, run_id)):
         opening.result().add_to(run_id)
-    raise ValueError(f"run {config.run_name} is finished: see {folder.results}; choose another --run-name")
+    raise ValueError(
+        f"run {config.run_name} is finished: see {folder.results}; to train longer, start from its model: "
+        f"--model.weights {folder.best} with another --run-name"
+    )
 
 
 def cpus_needed(config: TrainConfig, num_workers: int) -> int:
@@ -231,18 +302,18 @@ def _worker_range(config: TrainConfig) -> tuple[int, int]:
     return config.worker_range
 
 
-def _open_data(config: TrainConfig, folder: RunFolder, layout: Layout) -> Manifest:
+def _open_data(config: TrainConfig, folder: RunFolder, source: DataSource | None) -> Manifest:
     """Open the data, preparing it if needed; for a new run, a task checks the model at the same time."""
+    doing("opening the data and trying out the model")
     check = ray.remote(check_model).remote(config) if folder.newest_checkpoint() is None else None
-    if config.data.root is None:
+    if source is None:
         print(
             "No --data.root: training on built-in synthetic products, rendered once. To use the real data set:\n"
             "  python jobs/train_sop.py --recipe sop_resnet50 --data.root /path/to/Stanford_Online_Products",
             flush=True,
         )
-    manifest = open_data(
-        config.data.root, layout=layout, storage_root=config.storage, max_undecodable=config.data.max_undecodable
-    )
+        source = synthetic_data(config.storage)
+    manifest = open_data(source, storage_root=config.storage, max_undecodable=config.data.max_undecodable)
     if check is not None:
         cluster.get(check)
     return manifest
@@ -262,6 +333,7 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
     if mlflow_run_id is None:
         commit = cluster.job_metadata().get("git_commit") or None  # set in the Makefile
         tracker.start(config, manifest, cluster=cluster.described(), git_commit=commit)
+        tracker.note(_description(config, manifest))
         folder.begin(config, digest=manifest.digest, mlflow_run_id=tracker.run_id)
     else:
         digest = folder.data_digest() or ""
@@ -271,7 +343,23 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
                 f"{manifest.digest[:16]}; give the same --data.root, or choose another --run-name"
             )
         tracker.resume(mlflow_run_id)
+        tracker.note(f"Continued {_now()}.")
     return Run(config, folder, manifest, schedule, tracker.run_id)
+
+
+def _description(config: TrainConfig, manifest: Manifest) -> str:
+    """Return what MLflow shows above the metrics of a run, in Markdown."""
+    train, (query, _) = manifest.splits["train"], manifest.evaluation_splits
+    command = f"\n\n    python {shlex.join(sys.argv)}" if config.tracking.parent is None else ""
+    return (
+        f"{config.model.backbone}, {config.model.dim} dimensions, {config.data.image_size} pixels, trained on "
+        f"{train['num_images']:,} images of {train['num_classes']:,} classes of {manifest.name}, tested on "
+        f"{manifest.splits[query]['num_images']:,} of {manifest.test_classes}.{command}"
+    )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")
 
 
 def _announce(run: Run, tracker: "Tracker") -> None:
@@ -284,7 +372,7 @@ def _announce(run: Run, tracker: "Tracker") -> None:
         "written to": run.folder.location,
         "MLflow": f"{tracker.uri}, run {tracker.run_id}",
     }
-    print("\n".join(f"{name:>10}  {text}" for name, text in lines.items() if text), flush=True)
+    announce(lines)
 
 
 def _described_data(manifest: Manifest) -> dict[str, str]:
@@ -297,10 +385,19 @@ def _described_data(manifest: Manifest) -> dict[str, str]:
         searched = f", {test['num_singletons']:,} with a single image, always missed"
     return {
         "data": f"{manifest.root} (digest {manifest.digest[:16]})",
-        "train": f"{train['num_images']:,} images of {train['num_classes']:,} classes",
-        "test": f"{test['num_images']:,} images of {test['num_classes']:,} unseen classes{searched}",
-        "left out": f"{len(manifest.undecodable):,} undecodable images" if manifest.undecodable else "",
+        "train": f"{train['num_images']:,} images of {train['num_classes']:,} classes{_named(manifest, 'train')}",
+        "test": f"{test['num_images']:,} images of {test['num_classes']:,} {manifest.test_classes}{searched}"
+        + _named(manifest, query),
+        **{name: text for name, text in manifest.account().items() if name != "used"},
     }
+
+
+def _named(manifest: Manifest, split: str) -> str:
+    """Return the names of the first class folders; classes of published data sets have numbers."""
+    if manifest.layout != "folders":
+        return ""
+    names = manifest.class_ids(split).to_pylist()
+    return f": {', '.join(names[:CLASSES_SHOWN])}{', ...' if len(names) > CLASSES_SHOWN else ''}"
 
 
 def _described_model(run: Run) -> dict[str, str]:
@@ -346,10 +443,20 @@ def _described_work(run: Run) -> dict[str, str]:
 @contextmanager
 def _tracking_the_end(run: Run, tracker: "Tracker") -> Iterator[None]:
     """Report to MLflow if the run fails or is stopped."""
+
+    def stop() -> str:
+        tracker.note(f"Stopped {_now()}.")
+        tracker.finish(status="KILLED")
+        return f"the same command with --run-name {run.folder.name} continues"
+
     try:
-        yield
+        with before_a_stop(stop):
+            yield
     except BaseException as error:
-        tracker.finish(status="KILLED" if isinstance(error, StoppedError) else "FAILED")
+        if isinstance(error, (StoppedError, KeyboardInterrupt)):
+            stop()
+        else:
+            tracker.finish(status="FAILED")
         if isinstance(error, (ValueError, FileNotFoundError)):  # no longer a user error: show the stack trace
             raise RuntimeError(f"run {run.folder.name} failed") from error
         raise
@@ -359,7 +466,9 @@ def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> EvaluationResults:
     """Evaluate the checkpoint after `step` iterations; 0 is the untrained model."""
     num_gpus = _worker_range(run.config)[0] if run.config.device == "cuda" else 0
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE) if step else None
-    evaluation = evaluate(weights, run.config, run.manifest, num_gpus=num_gpus)
+    doing("embedding the test images and searching")
+    failures = run.folder.file(FAILURES_FILE) if step else None
+    evaluation = evaluate(weights, run.config, run.manifest, num_gpus=num_gpus, failures=failures)
     tracker.log(evaluation.metrics_by_name(), step=step)
     if step:
         run.folder.keep_best(step, recall=evaluation.recall["float"])
@@ -372,6 +481,7 @@ def _finish(run: Run, results: TrainingResults, tracker: "Tracker") -> None:
     """Finish the run; the results are written last, so a run interrupted before that can continue."""
     content = json.dumps(results.to_json(), indent=1)
     tracker.log_file(RESULTS_FILE, content)
+    tracker.note(f"Finished {_now()}: {results.evaluation.recall_line()}; the best model is in {run.folder.best}.")
     run.folder.prune_checkpoints(keep=run.config.checkpoint.keep)
     tracker.finish(status="FINISHED")
     storage.write_bytes(run.folder.results, content.encode())
@@ -413,7 +523,8 @@ def _show_results(run: Run, results: TrainingResults, tracker: "Tracker", *, has
         f"\n{table(evaluations)}",
         f"{seconds}; {results.train_images_per_second or 0:.0f} training images/s",
         *([f"report:  {run.folder.file(REPORT_FILE)}"] if has_report else []),
+        f"misses:  {run.folder.file(FAILURES_FILE)}",
         f"results: {run.folder.results}",
-        f"MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracker.uri}",
+        f"MLflow:  {tracker.where_to_look()}",
     ]
     show_results("\n".join(lines), results.to_json())

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from chaos import compare as greatest_difference
 
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
+from nsl_dist.data.images import decode
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.transforms import decode, eval_transform, normalise
+from nsl_dist.data.transforms import eval_transform, normalise
 from nsl_dist.embedder import load_embedder
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.run import MODEL_FILE, OPTIMIZER_FILE, RunFolder, rows_file

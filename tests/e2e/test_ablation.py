@@ -37,7 +37,7 @@ def test_a_study_trains_each_setting_once(
     assert (folder / "figure.svg").read_text().rstrip().endswith("</svg>")
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    tracked = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
+    tracked = client.search_runs([client.get_experiment_by_name(raw.name).experiment_id])
     (parent,) = (run for run in tracked if run.info.run_name == "study")
     assert {run.data.tags.get("mlflow.parentRunId") for run in tracked} == {None, parent.info.run_id}
     assert len(tracked) == 3

@@ -27,7 +27,7 @@ from nsl_dist import cluster
 from nsl_dist.config import DataConfig, EvalConfig
 from nsl_dist.data import stream
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import load_manifest, open_data
+from nsl_dist.data.shards import find_data, load_manifest, open_data
 from nsl_dist.data.stream import planned_batches
 from nsl_dist.ray_internals import draining_nodes
 from nsl_dist.retrieval import sharded_search as search
@@ -165,7 +165,7 @@ def test_decoding_keeps_to_nodes_without_gpus_while_they_have_room(
     }
     ray.init(address=nodes.address)
     try:
-        manifest = open_data(str(raw), layout="sop", storage_root=str(tmp_path), max_undecodable=0)
+        manifest = open_data(find_data(str(raw), layout="sop"), storage_root=str(tmp_path), max_undecodable=0)
         split, config = manifest.split("train"), DataConfig(batch_size=20, image_size=16)
         plan = ClassBalancedPlan(split.sizes, config.batch_size, config.images_per_class, 0)
 

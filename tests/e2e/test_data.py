@@ -8,11 +8,11 @@ import pytest
 import ray
 import torch
 
-from nsl_dist.config import DataConfig
+from nsl_dist.config import DataConfig, Layout
 from nsl_dist.data import synthetic
 from nsl_dist.data.layouts import read_records
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.shards import Manifest, load_manifest, open_data, prepare, records_digest
+from nsl_dist.data.shards import Manifest, find_data, load_manifest, open_data, prepare, records_digest
 from nsl_dist.data.stream import fetch, planned_batches
 from nsl_dist.data.transforms import augment
 from tests.support.images import write_sop
@@ -22,8 +22,7 @@ SIZES = {"train": [3, 9, 2, 5, 4, 6, 1, 7, 3, 5, 8, 2], "test": [2, 1, 4]}
 
 
 def shard(root: Path, out: Path, max_undecodable: float = 0.0) -> Manifest:
-    records = read_records(str(root), layout="sop")
-    return prepare(records, root=str(root), layout="sop", out=str(out), max_undecodable=max_undecodable)
+    return prepare(find_data(str(root), layout="sop"), out=str(out), max_undecodable=max_undecodable)
 
 
 def test_shards_hold_every_image_once(tmp_path: Path) -> None:
@@ -48,26 +47,30 @@ def test_shards_hold_every_image_once(tmp_path: Path) -> None:
 
 def test_first_use_is_cached_by_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_sop(tmp_path / "raw", SIZES)
-    first = open_data(str(root), layout=None, storage_root=str(tmp_path), max_undecodable=0.0)
+
+    def opened(root: str, layout: Layout | None = None) -> Manifest:
+        return open_data(find_data(root, layout=layout), storage_root=str(tmp_path), max_undecodable=0.0)
+
+    first = opened(str(root))
     assert "Sharding" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds shards of layout sop, not cub200"):
-        open_data(first.root, layout="cub200", storage_root="unused", max_undecodable=0.0)
-    again = open_data(str(root), layout=None, storage_root=str(tmp_path), max_undecodable=0.0)
+        opened(first.root, "cub200")
+    again = opened(str(root))
     assert capsys.readouterr().out == ""
-    assert again == first == open_data(first.root, layout="sop", storage_root="unused", max_undecodable=0.0)
+    assert again == first == opened(first.root, "sop")
     assert first.digest == records_digest(read_records(str(root), layout="sop"), layout="sop")
     (root / "thing_final" / "1_1.JPG").write_bytes((root / "thing_final" / "2_4.JPG").read_bytes() + b"\0")
-    assert open_data(str(root), layout=None, storage_root=str(tmp_path), max_undecodable=0.0).digest != first.digest
+    assert opened(str(root)).digest != first.digest
 
 
 def test_undecodable_images_are_listed_and_left_out_or_refused(tmp_path: Path) -> None:
     root = write_sop(tmp_path / "raw", SIZES)
     for name in ("1_2.JPG", "7_30.JPG"):  # class 7 has this image only
         (root / "thing_final" / name).write_bytes(b"\xff\xd8 broken")
-    with pytest.raises(ValueError, match=r"of 62 images cannot be decoded, more than the allowed share 0.01; first: "):
-        shard(root, tmp_path / "refused", max_undecodable=0.01)
+    with pytest.raises(ValueError, match=r"of 62 images cannot be decoded, more than the allowed share 0.0; first: "):
+        shard(root, tmp_path / "refused", max_undecodable=0.0)
     assert not (tmp_path / "refused" / "manifest.json").exists()
-    manifest = shard(root, tmp_path / "shards", max_undecodable=0.05)
+    manifest = shard(root, tmp_path / "shards", max_undecodable=0.01)  # of few images, a few may be
     assert sorted(image["path"] for image in manifest.undecodable) == ["thing_final/1_2.JPG", "thing_final/7_30.JPG"]
     assert manifest.splits["train"] == {"num_images": 53, "num_classes": 11, "num_singletons": 0}
     assert manifest.split("train").num_classes == 11
@@ -92,9 +95,9 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
-        open_data(str(tmp_path / "nowhere"), layout=None, storage_root="unused", max_undecodable=0.0)
+        find_data(str(tmp_path / "nowhere"), layout=None)
     with pytest.raises(ValueError, match=r"holds neither shards .* nor a known layout"):
-        open_data(str(tmp_path), layout=None, storage_root="unused", max_undecodable=0.0)
+        find_data(str(tmp_path), layout=None)
 
 
 @pytest.mark.parametrize(("world_size", "spare_cpus"), [(1, True), (2, False), (4, True)])

@@ -1,5 +1,6 @@
 """From raw images to an evaluated model, by the jobs; every layout evaluated; what can go wrong in an evaluation."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -120,8 +121,7 @@ def test_prepare_train_evaluate(
     assert low <= results["map_at_r"]["float"] <= high
     assert 0 <= results["nmi"]["float"] <= 1
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    assert client.get_experiment_by_name("cars196") is not None
-    of_experiment = [client.get_experiment_by_name("cars196").experiment_id]
+    of_experiment = [client.get_experiment_by_name(root.name).experiment_id]
     (child,) = client.search_runs(of_experiment, f"tags.mlflow.parentRunId = '{run_id}'")
     assert child.data.metrics["map_at_r_binary"] == results["map_at_r"]["binary"]
     assert child.data.params["eval.intervals"] == "True"
@@ -134,11 +134,11 @@ def test_prepare_train_evaluate(
     ]  # fmt: skip
 
 
-def test_mlflow_shows_the_run(storage: Path, browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_mlflow_shows_the_run(storage: Path, root: Path, browser: webdriver.Chrome, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     with started_mlflow(f"sqlite:///{storage}/mlflow.db", port=port, folder=tmp_path) as address:
         client = mlflow.MlflowClient(address)
-        experiment = client.get_experiment_by_name("cars196").experiment_id
+        experiment = client.get_experiment_by_name(root.name).experiment_id
         run_id = (storage / "runs" / "cars196" / "mlflow_run_id").read_text()
         page = f"{address}/#/experiments/{experiment}/runs/{run_id}"
         for tab, texts in (("", ("cars196", "recall_at_1_float", "shop")), ("/artifacts", ("results.json",))):
@@ -151,7 +151,7 @@ def test_mlflow_shows_the_run(storage: Path, browser: webdriver.Chrome, tmp_path
                 wait_until(lambda text=text: text in shown(), why=shown)  # type: ignore[misc]
 
 
-def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) -> None:
+def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig, shards: Path) -> None:
     run_dir = Path(config.checkpoint).parent
     vectors = load_index(json.loads((run_dir / "results.json").read_text())["embeddings"])["test"]
     similarities = vectors.read_all("vector", range(11)).astype(np.float64)
@@ -164,12 +164,21 @@ def test_the_report_shows_the_neighbours_that_there_are(config: EvaluateConfig) 
     report = (run_dir / "report.html").read_text()
     found = [int(place) for place in re.findall(r"first match in place (\d+)", report)]
     assert found == sorted((rank for rank in ranks if rank > 1), reverse=True)
-    # Image ids are those of the data set, in the order of its classes and so of the embeddings.
-    names = re.findall(r'alt="(query|same class|other class): image (\d+) of class', report)
+    paths = vectors.paths().to_pylist()
+    with (run_dir / "failures.csv").open(newline="") as file:
+        failures = list(csv.DictReader(file))
+    # recall@8 is the last that is measured, so more than 8 neighbours were not looked at.
+    assert [each["place_of_match"] for each in failures] == [str(place) if place <= 8 else "" for place in found]
+    classes = load_manifest(str(shards)).class_ids("test").to_pylist()
+    for each in failures:
+        query = paths.index(each["path"])
+        nearest = order[query, 0]
+        assert each["class"] == classes[labels[query]]
+        assert (each["nearest_path"], each["nearest_class"]) == (paths[nearest], classes[labels[nearest]])
+    names = re.findall(r'alt="(query|same class|other class): (\S+) of class', report)
     assert len(names) == 9 * (len(found) + min(6, ranks.count(1)))
-    first_id = min(int(image_id) for _, image_id in names)
     for start in range(0, len(names), 9):
-        (_, query), *neighbours = [(kind, int(image_id) - first_id) for kind, image_id in names[start : start + 9]]
+        (_, query), *neighbours = [(kind, paths.index(path)) for kind, path in names[start : start + 9]]
         assert [place for _, place in neighbours] == order[query, :8].tolist()
         assert [kind == "same class" for kind, _ in neighbours] == matches[query, :8].tolist()
 
@@ -228,10 +237,10 @@ def test_other_layouts_are_evaluated(
 
 def test_other_data_is_refused_unless_asked_for(config: EvaluateConfig, tmp_path: Path) -> None:
     other = EvaluateDataConfig(root=str(write_folders(tmp_path, [2, 2, 3, 2])))
-    prepared = set(Path(config.storage).glob("shards/*"))
+    prepared = set(Path(str(config.storage)).glob("shards/*"))
     with pytest.raises(ValueError, match=r"trained on data of digest .* test classes may have been trained on"):
         run(dataclasses.replace(config, data=other))
-    assert set(Path(config.storage).glob("shards/*")) == prepared  # refused before it was sharded
+    assert set(Path(str(config.storage)).glob("shards/*")) == prepared  # refused before it was sharded
     results = run(dataclasses.replace(config, data=dataclasses.replace(other, unrelated=True)))
     assert (results.num_queries, list(results.recall["float"])) == (5, [1, 10, 100])
     assert results.recall["float"][100] == 1
@@ -336,7 +345,7 @@ def test_results_or_report_that_cannot_be_written(
     capsys.readouterr()
     results = run(tracked)
     (folder,) = evaluations.iterdir()
-    assert [path.name for path in folder.iterdir()] == ["results.json"]
+    assert {path.name for path in folder.iterdir()} == {"results.json", "failures.csv"}
     assert EvaluationResults.from_json(json.loads((folder / "results.json").read_text())) == results
     output = capsys.readouterr().out
     assert f"no report: {folder}/report.html was not written: ZeroDivisionError: division by zero" in output

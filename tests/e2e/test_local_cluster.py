@@ -35,7 +35,7 @@ def test_a_job_gets_the_nodes_that_it_needs(local: LocalCluster, raw: Path, tmp_
     wait_until(lambda: local.node_counts()[-1] == 0, why=local.log.read_text)
     assert max(local.node_counts()) == 2
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (tracked,) = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
+    (tracked,) = client.search_runs([client.get_experiment_by_name(raw.name).experiment_id])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert tracked.data.tags["mlflow.source.git.commit"] == commit
     assert re.fullmatch(r"\d+ CPUs and 0 GPUs on \d+ nodes?", tracked.data.tags["cluster"])  # idle ones go meanwhile

@@ -16,8 +16,9 @@ import torch
 
 from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
+from nsl_dist.data.images import decode
 from nsl_dist.data.shards import Manifest
-from nsl_dist.data.transforms import decode, eval_transform
+from nsl_dist.data.transforms import eval_transform
 from nsl_dist.embedder import Embedder, describe, load_embedder, weights_of
 from nsl_dist.model import build_model
 from nsl_dist.retrieval.vector_files import pack_codes
@@ -171,9 +172,9 @@ def test_export_says_what_is_wrong(
 ) -> None:
     for flags, message in (
         ([f"--checkpoint={root}/runs/mine/best"], "nothing to do: give --register NAME, --onnx FILE or both"),
-        ([f"--checkpoint={root}/runs/mine", "--onnx=x.onnx"], "embedder.json is missing: give a checkpoint"),
+        ([f"--checkpoint={root}/runs", "--onnx=x.onnx"], f"no model in {root}/runs; give a run that was evaluated"),
         (
-            [f"--checkpoint={root}/runs/mine/best", f"--storage={root}", "--register=a/b"],
+            [f"--checkpoint={root}/runs/mine", "--register=a/b"],
             f"MLflow sqlite:///{root}/mlflow.db cannot register a/b: Invalid model name 'a/b'",
         ),
     ):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +19,7 @@ from nsl_dist.embedder import load_embedder
 from nsl_dist.training.preflight import check_model
 from nsl_dist.training.train import _settle, train
 from tests.support.foreign_lines import foreign_lines
-from tests.support.processes import job
+from tests.support.processes import JOBS, job, user_environment
 from tests.support.trained_run import SMALL, TrainedRun
 
 
@@ -56,8 +58,11 @@ def test_output_says_what_it_does_and_found(trained: TrainedRun) -> None:
     assert "\r" not in output
     lines = output.splitlines()
     results = lines.index(f"results: {storage}/runs/first/results.json")
-    assert lines[results - 1] == f"report:  {storage}/runs/first/report.html"
+    assert lines[results - 2] == f"report:  {storage}/runs/first/report.html"
+    assert lines[results - 1] == f"misses:  {storage}/runs/first/failures.csv"
     assert lines[results + 1].endswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
+    page = r"http://127.0.0.1:5000/#/experiments/1/runs/[0-9a-f]{32}\?workflowType=machine_learning"
+    assert re.fullmatch(page, lines[results + 2].strip())
 
 
 def test_a_newcomer_sees_no_lines_but_ours(trained: TrainedRun) -> None:
@@ -67,19 +72,27 @@ def test_a_newcomer_sees_no_lines_but_ours(trained: TrainedRun) -> None:
 
 def test_mlflow_run(trained: TrainedRun) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{trained.storage}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("sop").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name(trained.raw.name).experiment_id])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
     assert run.data.params["proxies.sample_rate"] == "0.5"
     assert len(run.data.params["data.digest"]) == 64
     (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest) == ("sop", run.data.params["data.digest"][:36])
+    assert (data.dataset.name, data.dataset.digest) == (trained.raw.name, run.data.params["data.digest"][:36])
     assert json.loads(data.dataset.profile)["train"]["num_images"] == 140
     assert run.data.tags["version.torch"] == version("torch")
     assert re.fullmatch(r"\d+ CPUs and \d+ GPUs on 1 node", run.data.tags["cluster"])
-    for name in ("loss", "accuracy", "learning_rate", "learning_rate_proxies", "images_per_second", "step_seconds"):
+    metrics = (
+        "loss",
+        "accuracy_sampled",
+        "learning_rate",
+        "learning_rate_proxies",
+        "images_per_second",
+        "step_seconds",
+    )
+    for name in metrics:
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == [1, 2, 4, 6, 8, 10, 12, 14], name
-    assert 0 <= run.data.metrics["accuracy"] <= 1
+    assert 0 <= run.data.metrics["accuracy_sampled"] <= 1
     recalls = client.get_metric_history(run.info.run_id, "recall_at_1_float")
     assert [metric.step for metric in sorted(recalls, key=lambda m: m.step)] == [0, 7, 14]
     files = [file.path for file in client.list_artifacts(run.info.run_id)]
@@ -115,6 +128,26 @@ def test_finished_run_is_not_trained_again(
         job(monkeypatch, "train_sop", *flags)
     assert ended.value.code == 2
     assert "error: run first is finished: see" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_iteration_ends_the_job_with_one_line(raw: Path, tmp_path: Path) -> None:
+    flags = [f"--data.root={raw}", f"--storage={tmp_path}/storage", "--run-name=stopped", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, str(JOBS / "train.py"), *flags],
+        env=user_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any("MLflow  sqlite" in line for line in lines)  # the last line before the workers are started
+    process.terminate()
+    last = list(lines)[-1]
+    assert process.wait() == 143
+    assert last == "SIGTERM: stopped; the same command with --run-name stopped continues\n"
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/storage/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name(raw.name).experiment_id])
+    assert run.info.status == "KILLED"
+    assert re.match(r"Stopped \d{4}-[^.]*\.\n\nresnet18, 16 dimensions", run.data.tags["mlflow.note.content"])
 
 
 @pytest.mark.parametrize(

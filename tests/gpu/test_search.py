@@ -8,6 +8,7 @@ from nsl_dist.retrieval import gallery_shard
 from nsl_dist.retrieval.gallery_shard import GalleryShard
 from nsl_dist.retrieval.neighbours import distances_of, ids_of
 from nsl_dist.retrieval.vector_files import EmbeddingSet, write_file
+from tests.support.vectors import paths_of
 
 NUM_VECTORS, DIM, FIRST = 6000, 64, 1000
 
@@ -19,7 +20,9 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingSet:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[1500:1600] = vectors[1400:1500]  # ties
     labels = np.arange(NUM_VECTORS)
-    write_file(str(folder / "a.parquet"), split="test", ids=labels, labels=labels, vectors=vectors)
+    write_file(
+        str(folder / "a.parquet"), split="test", ids=labels, paths=paths_of(labels), labels=labels, vectors=vectors
+    )
     return EmbeddingSet(str(folder), "test", DIM, ("a.parquet",), (NUM_VECTORS,))
 
 

@@ -93,11 +93,10 @@ def write_cars196(root: Path, sizes: list[int]) -> Path:
 
 
 def write_folders(root: Path, sizes: list[int]) -> Path:
-    """Write a folder of images for each class, some deeper, some with upper-case endings, beside other files."""
+    """Write a folder of images for each class, some with upper-case endings, beside other files."""
     for number, size in enumerate(sizes, start=1):
         for image in range(size):
-            below = "front/" if image == 2 else ""
-            write_image(root / f"thing {number}" / f"{below}{image}.{'JPEG' if image == 1 else 'png'}", number, image)
+            write_image(root / f"thing {number}" / f"{image}.{'JPEG' if image == 1 else 'png'}", number, image)
     (root / "README.txt").write_text("not an image")
     (root / "thing 1" / "notes.txt").write_text("not an image")
     return root

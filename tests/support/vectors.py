@@ -9,11 +9,17 @@ from nsl_dist.retrieval.vector_files import EmbeddingSet, pack_codes, write_file
 NUM, DIM = 700, 24
 
 
+def paths_of(ids: np.ndarray) -> list[str]:
+    return [f"class/{number}.jpg" for number in ids.tolist()]
+
+
 def write(location: Path, vectors: np.ndarray, *, num_files: int = 3, split: str = "test") -> EmbeddingSet:
     files = [f"{split}-{number:05d}.parquet" for number in range(num_files)]
     parts = np.array_split(np.arange(len(vectors)), num_files)
     for name, ids in zip(files, parts, strict=True):
-        write_file(str(location / name), split=split, ids=ids, labels=ids // 5, vectors=vectors[ids])
+        write_file(
+            str(location / name), split=split, ids=ids, paths=paths_of(ids), labels=ids // 5, vectors=vectors[ids]
+        )
     counts = tuple(map(len, parts))
     return EmbeddingSet(location=str(location), split=split, dim=vectors.shape[1], files=tuple(files), counts=counts)
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from nsl_dist.data.layouts import read_records, recognise
-from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop, write_sop
+from nsl_dist.config import FolderSplit
+from nsl_dist.data.layouts import Unused, read_catalogue, read_records, recognise, unused
+from tests.support.images import write_cars196, write_cub200, write_folders, write_image, write_inshop, write_sop
 
 
 @pytest.fixture
@@ -116,13 +117,94 @@ def test_cars196_splits_by_class(tmp_path: Path) -> None:
     assert records["path"][-1].as_py() == "car_ims/000005.jpg"
 
 
-def test_folders_split_by_class(tmp_path: Path) -> None:
-    root = str(write_folders(tmp_path, [2, 3, 1, 2, 3]))
+def test_folders_are_split_by_class(tmp_path: Path) -> None:
+    sizes = [2, 3, 1, 2, 3]
+    root = str(write_folders(tmp_path, sizes))
     assert recognise(root) == "folders"
-    assert by_split(read_records(root, layout="folders")) == {
-        "train": {"thing 1": 2, "thing 2": 3},
-        "test": {"thing 3": 1, "thing 4": 2, "thing 5": 3},
-    }
+    splits = by_split(read_records(root, layout="folders"))
+    assert splits["train"] | splits["test"] == {f"thing {number}": size for number, size in enumerate(sizes, start=1)}
+    assert (len(splits["train"]), len(splits["test"])) == (3, 2)
+    assert (
+        by_split(read_records(root, layout="folders", split=FolderSplit(test_share=0.2)))["test"].keys()
+        < splits["test"].keys()
+    )
+
+
+def test_test_classes_can_be_given(tmp_path: Path) -> None:
+    root, listed = str(write_folders(tmp_path / "raw", [2, 3, 1])), tmp_path / "classes.txt"
+    split = FolderSplit(test_classes=str(listed))
+    with pytest.raises(FileNotFoundError, match=r"no file .*classes.txt; it lists the test classes"):
+        read_records(root, layout="folders", split=split)
+    listed.write_text("thing 2\n\nthing 1\n")
+    assert by_split(read_records(root, layout="folders", split=split)) == {
+        "test": {"thing 1": 2, "thing 2": 3}, "train": {"thing 3": 1},
+    }  # fmt: skip
+    listed.write_text("thing 2\nthing 4\n")
+    with pytest.raises(
+        ValueError, match=r"no class folder 'thing 4' \(1 of 2 do not exist\); its folders are thing 1, "
+    ):
+        read_records(root, layout="folders", split=split)
+    listed.write_text("thing 1\nthing 2\nthing 3\n")
+    with pytest.raises(ValueError, match=r"lists 3 of 3 classes; both splits need at least one"):
+        read_records(root, layout="folders", split=split)
+
+
+def test_folders_are_split_within_classes(tmp_path: Path) -> None:
+    root = str(write_folders(tmp_path, [4, 5, 1]))
+    splits = by_split(read_records(root, layout="folders", split=FolderSplit(by="images", test_share=0.25)))
+    assert splits == {"train": {"thing 1": 3, "thing 2": 4, "thing 3": 1}, "test": {"thing 1": 1, "thing 2": 1}}
+    with pytest.raises(ValueError, match=r"--data.test-classes does not go with --data.split images"):
+        FolderSplit(by="images", test_classes="classes.txt")
+
+
+def test_nested_folders_are_classes_of_their_own(tmp_path: Path) -> None:
+    for number, name in enumerate(("Fruit/Kiwi", "Fruit/Banana", "Milk")):
+        write_image(tmp_path / name / "1.png", number, 0)
+    records = read_records(str(tmp_path), layout="folders")
+    assert set(records["class_id"].to_pylist()) == {"Fruit/Kiwi", "Fruit/Banana", "Milk"}
+    write_image(tmp_path / "Fruit" / "1.png", 4, 0)
+    with pytest.raises(ValueError, match=r"both Fruit and Fruit/Banana hold images, .* move the images of Fruit into"):
+        read_records(str(tmp_path), layout="folders")
+    assert set(read_catalogue(str(tmp_path))["class_id"].to_pylist()) == {"Fruit/Kiwi", "Fruit/Banana", "Milk", "Fruit"}
+
+
+def test_what_is_not_used_is_known(tmp_path: Path) -> None:
+    write_folders(tmp_path, [2, 2])
+    write_image(tmp_path / "loose.png", 1, 1)
+    (tmp_path / "thing 2" / "COPYING").write_text("")
+    for name in ("nothing", "below/nothing"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    used = set(read_records(str(tmp_path), layout="folders")["path"].to_pylist())
+    assert unused(str(tmp_path), used) == Unused(
+        files={
+            ".png": ["loose.png"],
+            ".txt": ["README.txt", "thing 1/notes.txt"],
+            "broken links": ["gone.jpg"],
+            "no ending": ["thing 2/COPYING"],
+        },
+        folders=["below", "below/nothing", "nothing"],
+    )
+
+
+def test_links(tmp_path: Path) -> None:
+    """Linked images and folders are read like others; a link that leads back up is refused."""
+    elsewhere = tmp_path / "elsewhere"
+    write_image(elsewhere / "1.jpg", 1, 1)
+    root = tmp_path / "photos"
+    write_folders(root, [2, 2])
+    (root / "linked").symlink_to(elsewhere)
+    (root / "thing 1" / "linked.jpg").symlink_to(elsewhere / "1.jpg")
+    paths = read_records(str(root), layout="folders")["path"].to_pylist()
+    assert {"linked/1.jpg", "thing 1/linked.jpg"} < set(paths)
+    (root / "thing 2" / "up").symlink_to(root)
+    with pytest.raises(ValueError, match="thing 2/up is a link to a folder that it lies in; remove it"):
+        read_records(str(root), layout="folders")
+
+
+def test_a_published_split_is_kept(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"has the layout sop with a split of its own"):
+        read_records(str(root), layout="sop", split=FolderSplit(test_share=0.2))
 
 
 def test_ambiguous_and_unknown_folders(root: Path, tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
-from nsl_dist.config import ModelConfig, OptimConfig
+from nsl_dist.config import ModelConfig, OptimConfig, TrainConfig
 from nsl_dist.data.transforms import normalise
+from nsl_dist.embedder import describe, weights_of
 from nsl_dist.model import GeneralizedMean, build_model
+from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
 from nsl_dist.schedule import Schedule
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -126,18 +130,60 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     assert torch.equal(model.get_parameter("backbone.conv1.weight"), state["conv1.weight"])
 
 
+def test_safetensors_of_a_backbone(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    model = build_model(ModelConfig(weights=str(tmp_path / "weights.safetensors")), seed=0)
+    assert torch.equal(model.get_parameter("backbone.conv1.weight"), state["conv1.weight"])
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/test_resnet"])
+def test_the_model_of_a_run(tmp_path: Path, backbone: str) -> None:
+    config = ModelConfig(backbone, dim=16)
+    trained = build_model(config, seed=1).state_dict()
+    best = tmp_path / "runs" / "mine" / "best"
+    best.mkdir(parents=True)
+    (best / MODEL_FILE).write_bytes(weights_of(trained))
+    (best / DESCRIPTION_FILE).write_bytes(describe(TrainConfig(model=config)))
+    for location in (best, best.parent):
+        started = build_model(replace(config, weights=str(location)), seed=0).state_dict()
+        assert all(torch.equal(started[name], tensor) for name, tensor in trained.items())
+    message = rf"{best}: this run has --model.backbone {backbone} --model.dim 16 .*\(1 of another shape, first linear"
+    with pytest.raises(ValueError, match=message):
+        build_model(replace(config, dim=32, weights=str(best.parent)), seed=0)
+
+
+def test_other_files_are_no_weights(tmp_path: Path) -> None:
+    contents = {"whole.pth": nn.Linear(2, 2), "list.pth": [1.0], "other.pth": {"weight": torch.zeros(1)}}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, message in {
+        "whole.pth": r"neither a safetensors file nor a state_dict written by torch.save \(UnpicklingError\); of a run",
+        "list.pth": "is not a state_dict; write one with",
+        "other.pth": "not weights of resnet18 .*missing, first conv1.weight; 1 unknown, first weight",
+        "text.safetensors": "neither a safetensors file nor a state_dict",
+    }.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            build_model(ModelConfig(weights=str(tmp_path / name)), seed=0)
+        assert len(str(raised.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (ModelConfig(backbone="timm/resnet19"), "unknown --model.backbone 'timm/resnet19'; timm has.* resnet18"),
-        (ModelConfig("timm/resnet18", weights="V1"), "'V1' is neither a file nor DEFAULT.* timm/resnet18.a1_in1k"),
+        (
+            ModelConfig("timm/resnet18", weights="V1"),
+            "'V1' is neither a file, a run, nor DEFAULT.*resnet18.a1_in1k",
+        ),
         (ModelConfig("vit_b_16", pooling="gem"), "gem: vit_b_16 does not end in the mean of a feature map"),
         (ModelConfig("vgg11", pooling="max"), "max: vgg11 does not end in the mean of a feature map"),
         (ModelConfig(backbone="resnet19"), "unknown --model.backbone 'resnet19'; torchvision has: .*resnet18"),
         (ModelConfig(backbone="squeezenet1_0"), "squeezenet1_0 ends in .*, not in a linear layer"),
         (
             ModelConfig(weights="IMAGENET"),
-            "'IMAGENET' is neither a file nor weights of resnet18, which has: IMAG",
+            "'IMAGENET' is neither a file, a run, nor weights of resnet18, which has: IMAG",
         ),
     ],
 )

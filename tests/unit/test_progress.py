@@ -9,6 +9,10 @@ import sys
 
 import pytest
 
+from nsl_dist import progress
+from nsl_dist.progress import doing, output
+from tests.support.processes import wait_until
+
 JOB = """
 import sys, time
 from nsl_dist.commandline import run_job
@@ -75,3 +79,11 @@ def test_a_terminal_gets_bars_below_what_is_printed() -> None:
     assert re.search(r"embed ━+ +30/30 images, [\d,]+ images/s, 0 s left", seen), seen
     assert seen.count("between") == 3
     assert seen.rstrip().endswith("a table")
+
+
+def test_silences_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.1)
+    with output("full"):
+        doing("starting")
+        wait_until(lambda: "starting: " in capsys.readouterr().out, why=lambda: "nothing was said")
+        doing(None)

@@ -7,6 +7,7 @@ import inspect
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,11 @@ def test_no_other_file_takes_private_parts_of_ray() -> None:
 
 
 HOST = """
-import json, os
+import json, os, signal
+received = []
+def on_sigterm(number, frame):
+    received.append(number)
+signal.signal(signal.SIGTERM, on_sigterm)
 before = dict(os.environ)
 import nsl_dist
 nsl_dist.load_embedder
@@ -137,11 +142,13 @@ class Keeper:
     def __init__(self, argument):
         pass
 actor = Keeper.remote(ray.put({}))  # Ray would warn of it
+os.kill(os.getpid(), signal.SIGTERM)
 of_worker = ray.get(ray.remote(lambda: dict(os.environ)).remote())
 print(json.dumps({
     "changed by import": [name for name in before | imported if before.get(name) != imported.get(name)],
     "listening": sorted(listening), "added": added, "of worker": of_worker,
     "address": ray.get_runtime_context().gcs_address,
+    "received": received,
 }))
 """
 
@@ -169,6 +176,12 @@ def test_a_local_ray_stays_on_loopback_and_finds_itself(host: dict[str, Any]) ->
         assert host["of worker"]["RAY_ADDRESS"] == host["address"]
         assert host["of worker"].items() >= ray_internals.LOCAL_ENVIRONMENT.items()
         assert not host["added"].keys() & (ray_internals.LOCAL_ENVIRONMENT.keys() | {"RAY_ADDRESS"})
+
+
+def test_a_local_ray_keeps_the_handler_of_sigterm(host: dict[str, Any]) -> None:
+    with contract(ray_internals.keep_sigterm_handler):
+        assert host["received"] == [signal.SIGTERM]
+        assert "SIGTERM" not in host["stderr"]
 
 
 def test_a_local_ray_starts_without_a_word(host: dict[str, Any]) -> None:

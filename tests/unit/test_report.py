@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from nsl_dist.config import TrainConfig
+from nsl_dist.data.images import thumbnail
 from nsl_dist.data.shards import Manifest
 from nsl_dist.retrieval import report
 from nsl_dist.retrieval.figures import draw
@@ -22,7 +23,6 @@ from nsl_dist.retrieval.findings import (
     choose,
     draw_pairs,
     project,
-    thumbnail,
 )
 from nsl_dist.retrieval.report import render, table_of, write_report
 from nsl_dist.retrieval.results import EvaluationResults, IndexResults
@@ -49,7 +49,7 @@ def findings(*, num_images: int = 300, num_classes: int = 30, edge: int = 24, cl
 
     def picture(number: int) -> Picture:
         noise = rng.integers(0, 256, (edge, edge, 3)).astype(np.uint8)
-        return Picture(thumbnail(encode(noise)), class_id.format(number % num_classes), number)
+        return Picture(thumbnail(encode(noise), 96, quality=80), class_id.format(number % num_classes), f"{number}.jpg")
 
     def row(number: int, first_match: int | None) -> Row:
         neighbours = [Neighbour(picture(number + place), place % 3 == 0, 0.9 - place / 10) for place in range(8)]
@@ -131,9 +131,9 @@ def test_pairs_are_of_one_class_or_of_two_and_never_of_an_image_and_itself(own: 
 
 
 def test_thumbnails_are_small_and_never_enlarged() -> None:
-    wide = Image.open(io.BytesIO(thumbnail(encode(np.zeros((50, 200), np.uint8), "PNG"))))
+    wide = Image.open(io.BytesIO(thumbnail(encode(np.zeros((50, 200), np.uint8), "PNG"), 96, quality=80)))
     assert (wide.format, wide.size, wide.mode) == ("JPEG", (96, 24), "RGB")
-    assert Image.open(io.BytesIO(thumbnail(encode(np.zeros((30, 20, 3), np.uint8))))).size == (20, 30)
+    assert Image.open(io.BytesIO(thumbnail(encode(np.zeros((30, 20, 3), np.uint8)), 96, quality=80))).size == (20, 30)
 
 
 def test_frames_marks_and_words_tell_matches_from_the_rest(page: Page) -> None:
@@ -145,7 +145,7 @@ def test_frames_marks_and_words_tell_matches_from_the_rest(page: Page) -> None:
     alternatives = [str(image["alt"]) for image in page.all("img")]
     assert [text.startswith("same") for text in alternatives if not text.startswith("query")] == expected
     queries = [text for text in alternatives if text.startswith("query")]
-    assert queries == [f"query: image {number} of class class {number}" for number in range(18)]
+    assert queries == [f"query: {number}.jpg of class class {number}" for number in range(18)]
     assert "no match among the first 1,000" in page.text
     assert re.findall(r"first match in place (\d+)", page.text) == [str(601 - number) for number in range(1, 12)]
 
@@ -161,7 +161,7 @@ def test_everything_drawn_has_a_text_and_nothing_is_fetched(page: Page) -> None:
     for tag, attributes in page.elements:
         assert tag not in ("script", "link", "iframe", "object")
         for name in ("src", "href", "xlink:href"):
-            assert str(attributes.get(name, "#")).startswith(("#", "data:")), (tag, attributes)
+            assert str(attributes.get(name, "#")).startswith(("#", "data:", "failures.csv")), (tag, attributes)
     assert "http" not in render(findings())["report.html"]
 
 
@@ -184,7 +184,7 @@ def test_names_of_classes_are_text() -> None:
     files = render(findings(num_classes=12, class_id="<script>alert({})</script>\"' $x_"))
     page = Page(files["report.html"])
     assert not page.all("script")
-    assert page.all("img")[0]["alt"] == "query: image 0 of class <script>alert(0)</script>\"' $x_"
+    assert page.all("img")[0]["alt"] == "query: 0.jpg of class <script>alert(0)</script>\"' $x_"
     legend = "".join(ET.fromstring(files["figures/map.svg"]).itertext())
     assert "<script>alert(11)</script>\"' $x_" in legend
 

@@ -16,7 +16,7 @@ from nsl_dist.training.reporting import Reporter
 METRICS = StepMetrics(
     step=10,
     loss=2.5,
-    accuracy=0.25,
+    accuracy_sampled=0.25,
     learning_rate=0.01,
     learning_rate_proxies=0.1,
     images_per_second=100.0,

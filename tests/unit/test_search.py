@@ -9,6 +9,7 @@ from nsl_dist.retrieval.metrics import bootstrap_intervals, rank, recall_at_k
 from nsl_dist.retrieval.neighbours import Nearest, distances_of, ids_of, merge, to_keys, without
 from nsl_dist.retrieval.ties import inner_products, nearer, settle_ties, tolerance
 from nsl_dist.retrieval.vector_files import EmbeddingSet, load_index, pack_codes, write_file, write_index
+from tests.support.vectors import paths_of
 
 
 @pytest.mark.parametrize("dim", [8, 13])
@@ -17,20 +18,22 @@ def test_embeddings_are_read_as_written(tmp_path: Path, dim: int) -> None:
     vectors = rng.normal(size=(50, dim)).astype(np.float32)
     labels = np.arange(50) // 3
     for name, ids in (("a.parquet", np.arange(20)), ("b.parquet", np.arange(20, 50))):
-        write_file(str(tmp_path / name), split="test", ids=ids, labels=labels[ids], vectors=vectors[ids])
+        file = str(tmp_path / name)
+        write_file(file, split="test", ids=ids, paths=paths_of(ids), labels=labels[ids], vectors=vectors[ids])
     written = EmbeddingSet(str(tmp_path), "test", dim, ("a.parquet", "b.parquet"), (20, 30))
     with pytest.raises(FileNotFoundError):
         load_index(str(tmp_path))
     write_index(str(tmp_path), [written])
     read = load_index(str(tmp_path))["test"]
     assert read == written
+    assert read.paths().to_pylist() == paths_of(np.arange(50))
     for part in (range(50), range(5, 7), range(15, 40), range(20, 21)):
         assert np.array_equal(read.read_all("id", part), np.array(part))
         assert np.array_equal(read.read_all("label", part), labels[part.start : part.stop])
         assert np.array_equal(read.read_all("vector", part), vectors[part.start : part.stop])
         assert np.array_equal(read.read_all("code", part), pack_codes(vectors)[part.start : part.stop])
     rows = pq.read_table(tmp_path / "b.parquet").to_pylist()
-    assert list(rows[0]) == ["id", "label", "split", "vector", "code"]
+    assert list(rows[0]) == ["id", "path", "label", "split", "vector", "code"]
     assert (rows[0]["id"], rows[0]["label"], rows[0]["split"]) == (20, 6, "test")
     assert np.array_equal(np.unpackbits(np.frombuffer(rows[0]["code"], np.uint8))[:dim], vectors[20] > 0)
 

@@ -15,7 +15,7 @@ def test_runs_that_start_together_share_their_data_set(tmp_path: Path) -> None:
     """As the trials of a study do."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     trackers = [Tracker(uri, storage_root=str(tmp_path)) for _ in range(3)]
-    trackers[0].start_study("sop", name="study", params={})
+    trackers[0].start_study("synthetic products", name="study", params={})
     barrier = Barrier(2)
 
     def start(turn: int, tracker: Tracker) -> str:

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from nsl_dist.config import DataConfig
-from nsl_dist.data.transforms import augment, crop_draws, decode, eval_transform, normalise, random_crop, resize
+from nsl_dist.data.images import decode
+from nsl_dist.data.transforms import augment, crop_draws, eval_transform, normalise, random_crop, resize
 from tests.support.images import encode
 
 RNG = np.random.default_rng(0)
