@@ -314,8 +314,10 @@ def test_page(service: Service, browser: webdriver.Chrome, tmp_path: Path) -> No
     chosen = focused().get_attribute("data-id")
     assert chosen == browser.find_elements(By.CSS_SELECTOR, "#grid button")[1].get_attribute("data-id")
     assert browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    path = focused().find_element(By.CSS_SELECTOR, ".path").text
+    assert path in {str(file.relative_to(service.files[0].parent)) for file in service.files}
     press(Keys.ENTER)
-    shows(lambda: text("#asked").startswith(f"image {chosen} of "))
+    shows(lambda: text("#asked") == path)
     assert scores()[0].startswith("0 of")
     assert focused().get_attribute("id") == "title"
     assert not browser.get_log("browser")
@@ -368,10 +370,13 @@ def test_neighbours_in_the_terminal(
     shown = capsys.readouterr().out
     assert "embeddings: all there in" in shown
     tables = shown.split("\n\n")[1:]
+    measures = ("cosine similarity, 1 is the same", f"Hamming distance in bits of {DIM}, 0 is the same")
     assert [table.splitlines()[0] for table in tables] == [
-        f"{file}, {kind}" for file in (query, other) for kind in ("float", "binary")
+        f"{file} among 37 images of {service.files[0].parent}, {measure}"
+        for file in (query, other)
+        for measure in measures
     ]
-    assert re.fullmatch(r" +1 +20 +1\.0000  \S.*", tables[0].splitlines()[2])
+    assert re.fullmatch(rf" +1 +1\.0000  (thing \d)  +\1/{query.name}", tables[0].splitlines()[2])
     assert len(tables[1].splitlines()) == 5
     bad = tmp_path / "notes.jpg"
     bad.write_text("not an image")
@@ -412,7 +417,7 @@ def test_classes_of_a_catalogue(tmp_path: Path) -> None:
     records = read_catalogue(str(tmp_path)).to_pylist()
     assert [(row["path"], row["class_id"], row["split"]) for row in records] == [
         ("b/1.jpg", "b", "test"),
-        ("b/deep/2.PNG", "b", "test"),
+        ("b/deep/2.PNG", "b/deep", "test"),
         ("c/1.jpg", "c", "test"),
         ("loose.webp", "loose.webp", "test"),
     ]
