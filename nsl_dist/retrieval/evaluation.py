@@ -105,6 +105,7 @@ def evaluate(
         num_queries_without_match=int((task.judge.num_relevant == 0).sum()),
         embeddings=location,
         seconds=seconds,
+        unseen=manifest.split_by == "classes",
     )
 
 

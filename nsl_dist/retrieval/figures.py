@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,15 @@ def draw(findings: Findings) -> dict[str, str]:
 
     drawings: dict[str, tuple[str, Callable[[Findings], Figure | None]]] = {
         "loss": ("Training loss over iterations", _draw_loss),
-        "recall_curves": ("Recall of unseen classes over iterations of the training", _draw_recall_curves),
+        "recall_curves": ("Recall over iterations of the training", _draw_recall_curves),
         "recall": ("Recall at K of float and of binary embeddings", _draw_recall),
         "similarities": ("Cosine similarities within classes and between classes", _draw_similarities),
         "map": ("Embeddings on their first two principal components, coloured by class", _draw_map),
         "class_sizes": ("How many classes have how many images, by split", _draw_class_sizes),
     }
     svgs = {}
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the pages show texts in fonts of the reader, which have it
         for name, (title, drawing) in drawings.items():
             figure = drawing(findings)
             if figure is None:

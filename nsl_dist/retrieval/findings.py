@@ -264,7 +264,7 @@ def _facts(results: EvaluationResults, config: TrainConfig, manifest: Manifest) 
         "Data": f"{manifest.source} (layout {manifest.layout}, digest {manifest.digest[:16]})",
         "Model": f"{config.model.backbone}, {config.model.dim} dimensions, {config.data.image_size} pixels",
         "Training split": f"{train['num_images']:,} images of {train['num_classes']:,} classes",
-        "Queries": f"{results.num_queries:,} images of {results.num_classes:,} unseen classes"
+        "Queries": f"{results.num_queries:,} images of {results.num_classes:,} {results.classes}"
         + (f", {without:,} of them without a match to find, sure misses" if without else ""),
         "Searched": "the same images, the query left out" if query == gallery else f"{results.num_gallery:,} images",
     }

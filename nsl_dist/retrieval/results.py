@@ -45,6 +45,7 @@ class EvaluationResults:
         num_queries_without_match: queries whose class has no other image in the gallery; they count as misses.
         embeddings: folder or URI of the embeddings.
         seconds: by phase ("embed", "search_float").
+        unseen: whether training has not seen these classes.
 
     """
 
@@ -61,6 +62,7 @@ class EvaluationResults:
     num_queries_without_match: int
     embeddings: str
     seconds: dict[str, float]
+    unseen: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return what JSON can hold: K as text, intervals as lists, nothing for what was not measured."""
@@ -81,6 +83,11 @@ class EvaluationResults:
             index = known["index"]
             known["index"] = IndexResults(**index | {"recall_of_exact": _by_k(index["recall_of_exact"])})
         return cls(**known)
+
+    @property
+    def classes(self) -> str:
+        """What the classes of the queries are."""
+        return "unseen classes" if self.unseen else "classes that training has seen other images of"
 
     def metrics_by_name(self) -> dict[str, float]:
         """Return the metrics of all kinds by their names in MLflow: `recall_at_1_float`."""
@@ -117,7 +124,7 @@ def table(results: dict[str, EvaluationResults]) -> str:
     """
     first = next(iter(results.values()))
     lines = [
-        f"{first.num_queries:,} queries of {first.num_classes:,} unseen classes, {first.num_gallery:,} images "
+        f"{first.num_queries:,} queries of {first.num_classes:,} {first.classes}, {first.num_gallery:,} images "
         "to find; metrics in %"
     ]
     if first.num_queries_without_match:

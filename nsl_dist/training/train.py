@@ -119,7 +119,12 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, DataSource | None]:
     storage.check_writable(config.storage)
     config = as_started(config)
     check_index(config.eval, config.model.dim)
-    return (fit_batch(config, source.training_sizes()) if source is not None else config), source
+    if source is not None:
+        sizes = source.training_sizes()
+        config = fit_batch(config, sizes)
+        # Refuses what does not fit, before anything is decoded.
+        ClassBalancedPlan(sizes, config.data.batch_size, config.data.images_per_class, config.seed)
+    return config, source
 
 
 def find_source(config: DataConfig) -> DataSource | None:

@@ -165,18 +165,18 @@ def test_bad_input_ends_before_training(data: str, storage: str, message: str, r
     assert not (tmp_path / "storage" / "runs" / "bad").exists()
 
 
-@pytest.mark.usefixtures("cluster")
 def test_a_batch_of_more_classes_than_there_are_ends_the_job(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With exit status 2 and a line, and before MLflow hears of it."""
+    """With exit status 2 and a line, before an image is decoded and MLflow hears of it."""
     flags = [f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=bad", "--data.batch-size=120"]
     with pytest.raises(SystemExit) as ended:
         job(monkeypatch, "train_sop", *flags)
     assert ended.value.code == 2
     message = "error: a batch of 120 images with 5 of each class needs 24 classes, "
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "runs" / "bad" / "mlflow_run_id").exists()
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "shards").exists()
 
 
 @pytest.mark.usefixtures("cluster")

@@ -28,6 +28,7 @@ EVALUATION_JSON: dict[str, Any] = {
     "seconds": {
         "embed": 1.5, "index": 0.5, "search_float": 2.0, "nmi_float": 0.25, "search_binary": 1.0, "nmi_binary": 0.125
     },
+    "unseen": True,
 }  # fmt: skip
 EVALUATION = EvaluationResults(
     nmi={"float": 0.9, "binary": 0.85},
