@@ -42,9 +42,8 @@ def parse_train_config(
     first.add_argument("--recipe", choices=list(RECIPES), default=recipe)
     default = RECIPES[first.parse_known_args(arguments)[0].recipe]()
     arguments = spell_out(arguments)
-    asks_for_a_batch = any(
-        each.partition("=")[0] in ("--data.batch-size", "--data.images-per-class") for each in arguments
-    )
+    flags = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    asks_for_a_batch = bool(flags & {"--data.batch-size", "--data.images-per-class"})
     data = dataclasses.replace(default.data, layout=layout, fit_batch=not asks_for_a_batch)
     default = dataclasses.replace(default, data=data)
     config = tyro.cli(

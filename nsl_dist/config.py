@@ -521,7 +521,7 @@ def flatten(config: "TrainConfig | EvaluateConfig") -> dict[str, Any]:
 # May change when a run is resumed: affects neither the batches nor what they do to the model.
 FREE_TO_CHANGE = re.compile(
     r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|wait_for_nodes|max_failures|"
-    r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|fit_batch|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
+    r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|split|test_share|test_classes|fit_batch|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"
 )
 
 

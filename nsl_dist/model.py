@@ -18,6 +18,7 @@ from nsl_dist.config import ModelConfig
 from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, model_of_run
 
 TIMM = "timm/"  # prefix of timm model names
+RESCALING = ("googlenet", "inception_v3")  # rescale their input if they start from given weights
 _WITHOUT_INTERNET = (
     "on a machine without internet access, copy the weights there and pass the file as --model.weights, or train from "
     "scratch with --model.weights None"
@@ -124,7 +125,7 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
             f"unknown --model.backbone {name!r}; torchvision has: {', '.join(names)}; timm models begin with {TIMM}"
         )
     extra: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
+    if name in RESCALING:
         # Auxiliary classifiers are useless for embeddings; pretrained weights expect rescaled inputs.
         extra = {"aux_logits": False, "init_weights": False, "transform_input": config.weights is not None}
     if config.weights is None or not pretrained:
@@ -156,9 +157,16 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
 def _load_trained(model: EmbeddingModel, location: str) -> None:
     """Load the model of a run, from the folder or URI that holds it."""
     theirs = json.loads(storage.read_bytes(storage.join(location, DESCRIPTION_FILE)))["model"]
+    if theirs["weights"] is None and theirs["backbone"] in RESCALING:
+        raise ValueError(
+            f"--model.weights {location}: a {theirs['backbone']} from random weights sees images in another scale than "
+            "one from given weights; train it from the start"
+        )
+    # Frozen batch norms, which this model gets later, do not count their batches.
+    counts = {name: each for name, each in model.state_dict().items() if name.endswith(".num_batches_tracked")}
     _load(
         model,
-        safetensors.torch.load(storage.read_bytes(storage.join(location, MODEL_FILE))),
+        counts | safetensors.torch.load(storage.read_bytes(storage.join(location, MODEL_FILE))),
         described=f"--model.weights {location}: this run has --model.backbone {theirs['backbone']} --model.dim "
         f"{theirs['dim']} --model.neck {theirs['neck']} --model.pooling {theirs['pooling']}; use the same",
     )

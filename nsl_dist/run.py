@@ -152,8 +152,9 @@ class RunFolder:
 
     @property
     def storage_root(self) -> str:
-        """The --storage of the run."""
-        return self.parent.rpartition("/")[0]
+        """The --storage of the run; ~/nsl_dist if its folder was moved to elsewhere."""
+        root, _, folder = self.parent.rpartition("/")
+        return root if folder == "runs" else storage.absolute(DEFAULT_STORAGE)
 
     @property
     def name(self) -> str:

@@ -102,7 +102,7 @@ def list_tree(root: str) -> Tree:
     """List a folder with everything below it; symbolic links are followed.
 
     Raises:
-        ValueError: a link leads to a folder that it lies in.
+        ValueError: a link leads to a folder that it lies in, or a folder or name cannot be read.
 
     """
     filesystem, top = resolve(root)
@@ -123,9 +123,11 @@ def _list_local_tree(top: str) -> Tree:
     waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(top),))]  # with the real folders above
     while waiting:
         folder, above = waiting.pop()
-        for entry in os.scandir(os.path.join(top, folder)):
+        for entry in _scan(os.path.join(top, folder)):
             path = os.path.join(folder, entry.name)
-            if entry.is_dir():
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                tree.broken_links.append(path)
+            elif entry.is_dir():
                 real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
                 if real in above:
                     raise ValueError(f"{entry.path} is a link to a folder that it lies in; remove it")
@@ -133,9 +135,18 @@ def _list_local_tree(top: str) -> Tree:
                 waiting.append((path, (*above, real)))
             elif entry.is_file():
                 tree.sizes[path] = entry.stat().st_size
-            elif entry.is_symlink():
-                tree.broken_links.append(path)
     return tree
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        raise ValueError(f"{folder} cannot be read: give yourself the permission, or move it elsewhere") from None
+    for entry in entries:
+        if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # bytes that Python could not decode
+            raise ValueError(f"{folder} holds {os.fsencode(entry.name)!r}, whose name is not in UTF-8; rename it")
+    return entries
 
 
 def read_bytes(location: str) -> bytes:

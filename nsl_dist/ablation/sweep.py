@@ -21,7 +21,7 @@ from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, RunFolder, StoppedError, 
 from nsl_dist.stopping import before_a_stop
 from nsl_dist.tracking.tracker import Tracker, experiment_of
 from nsl_dist.training.results import TrainingResults
-from nsl_dist.training.train import cpus_needed, find_source, refuse_to_change, train
+from nsl_dist.training.train import cpus_needed, find_source, fit_batch, refuse_to_change, train
 
 TRIALS_AT_ONCE_HERE = 2  # on a single machine: one starts or evaluates while the other trains
 IDLE_SECONDS = 120  # keep idle worker processes of a local Ray, whose imports take seconds
@@ -63,8 +63,11 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
         storage_root=base.storage,
         max_undecodable=base.data.max_undecodable,
     )
+    base = fit_batch(base, manifest.split("train").sizes)  # once, so that all settings have the same batch
     experiment = experiment_of(base, manifest)
-    in_shards = dataclasses.replace(base.data, root=manifest.root, split="classes", test_share=0.5, test_classes=None)
+    in_shards = dataclasses.replace(
+        base.data, root=manifest.root, fit_batch=False, split="classes", test_share=0.5, test_classes=None
+    )
     base = dataclasses.replace(base, data=in_shards)
     _start_tracking(tracker, base, experiment, folder, study=name)
     tracking = dataclasses.replace(base.tracking, experiment=experiment, parent=tracker.run_id)
@@ -88,13 +91,12 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
         flush=True,
     )
 
-    def stop() -> str:
+    def stop() -> None:
         tracker.finish(status="KILLED")
-        return f"the same command with --run-name {run_name} continues"
 
     try:
         if to_do:
-            with before_a_stop(stop):
+            with before_a_stop(stop, said=f"the same command with --run-name {run_name} continues"):
                 _run_trials(to_do, study_folder=folder, at_once=at_once)
         outcomes = [_outcome(config, arm, tracker) for arm, config in by_arm]
         text, results = summarise(study, outcomes)

@@ -23,7 +23,6 @@ MOST_PIXELS = 178_956_970  # as Pillow's own limit
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 # What the orientation of EXIF asks for: quarter turns counterclockwise of the image, mirrored first or not.
 TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
-SIDEWAYS = (5, 6, 7, 8)
 
 
 def decode(encoded: bytes, *, most_pixels: int = MOST_PIXELS) -> Tensor:
@@ -45,20 +44,6 @@ def decode(encoded: bytes, *, most_pixels: int = MOST_PIXELS) -> Tensor:
     except Exception as error:  # decoders raise anything on damaged bytes: SyntaxError, struct.error, MemoryError
         raise ValueError(_reason(error)) from error
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-
-
-def size_of(encoded: bytes) -> tuple[int, int]:
-    """Return height and width of an upright image from its header, without decoding it.
-
-    Raises:
-        ValueError: the bytes are not an image in one of `FORMATS`.
-
-    """
-    try:
-        height, width = _size_of(encoded)
-        return (width, height) if _orientation(encoded) in SIDEWAYS else (height, width)
-    except Exception as error:  # see `decode`
-        raise ValueError(_reason(error)) from error
 
 
 def thumbnail(encoded: bytes, edge: int, *, quality: int) -> bytes:
@@ -112,7 +97,7 @@ def _pixels(encoded: bytes) -> NDArray[np.uint8]:
 
 def _is_fast(encoded: bytes) -> bool:
     # simplejpeg is as fast as torchvision, whose import takes each decoding process twice as long as that of torch.
-    return simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] != "CMYK"
+    return simplejpeg.is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] not in ("CMYK", "YCCK")
 
 
 def _open(encoded: bytes) -> Image.Image:

@@ -334,15 +334,15 @@ def _reject_classes_in_classes(root: str, names: list[str]) -> None:
             )
 
 
-def _drawn(names: list[str], share: float) -> list[str]:
-    """Draw a share of the names, at least one and not all; whether one is drawn hardly depends on the others."""
+def _drawn(names: list[str], share: float, *, fewest: int = 1) -> list[str]:
+    """Draw a share of the names, some but not all; whether one is drawn hardly depends on the others."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return ordered[: min(max(1, round(share * len(names))), len(names) - 1)]
+    return ordered[: min(max(fewest, round(share * len(names))), len(names) - 1)]
 
 
 def _drawn_by_class(images: list[str], share: float) -> Iterator[str]:
     for _, paths in itertools.groupby(images, _folder):
-        yield from _drawn(list(paths), share)
+        yield from _drawn(list(paths), share, fewest=2)  # one alone would have no match to find
 
 
 def _test_classes(root: str, names: list[str], split: FolderSplit) -> set[str]:

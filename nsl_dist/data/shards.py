@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -407,7 +407,8 @@ def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
                 f"{out} holds shards of another data set (digest {manifest.digest[:16]} of {manifest.source}; "
                 f"{root} has {digest[:16]}); choose another --out or delete it"
             )
-        return manifest
+        beside = _beside(data)  # which the digest does not cover
+        return replace(manifest, source=root, unused=beside.files, empty_folders=beside.folders)
     storage.check_writable(out)
 
     written = _write_shards(records, root=root, out=out)
@@ -417,7 +418,7 @@ def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
         written.close()
 
     classes = _index_classes([row for report in reports for row in report["classes"]])
-    beside = unused(root, set(records["path"].to_pylist())) if data.layout == "folders" else Unused({}, [])
+    beside = _beside(data)
     written_classes = io.BytesIO()
     pq.write_table(classes, written_classes)
     storage.write_bytes(storage.join(out, "classes.parquet"), written_classes.getvalue())
@@ -437,6 +438,13 @@ def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
     }
     storage.write_bytes(storage.join(out, MANIFEST_FILE), json.dumps(content, indent=1).encode())
     return load_manifest(out)
+
+
+def _beside(data: DataSource) -> Unused:
+    """Return what class folders hold besides the images."""
+    if data.layout != "folders" or data.records is None:
+        return Unused({}, [])
+    return unused(data.root, set(data.records["path"].to_pylist()))
 
 
 def _write_shards(records: pa.Table, *, root: str, out: str) -> Generator[dict[str, Any], None, None]:

@@ -325,7 +325,11 @@ def _connect_to_mlflow(config: EvaluateConfig) -> "Tracker | None":
         return None
     from nsl_dist.tracking.tracker import Tracker  # MLflow takes seconds to import
 
-    tracker = Tracker(config.tracking_uri, storage_root=str(config.storage))
+    folder = RunFolder.holding(config.checkpoint)
+    is_own = folder is not None and folder.mlflow_run_id() == config.run_id
+    tracker = Tracker(
+        config.tracking_uri, storage_root=folder.storage_root if folder and is_own else str(config.storage)
+    )
     tracker.find(config.run_id)  # or refuse it now
     return tracker
 
@@ -337,13 +341,12 @@ def _tracked(tracker: "Tracker | None", config: EvaluateConfig, manifest: Manife
         yield
         return
 
-    def stop() -> str:
+    def stop() -> None:
         tracker.finish(status="KILLED")
-        return "embeddings that are there are used by the next evaluation"
 
     try:
         tracker.start_evaluation(config, manifest, parent=str(config.run_id), name=name)
-        with before_a_stop(stop):
+        with before_a_stop(stop, said="the next evaluation uses the embeddings that are there"):
             yield
         tracker.finish(status="FINISHED")
     except BaseException:

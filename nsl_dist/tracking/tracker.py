@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
 from contextlib import suppress
@@ -76,6 +77,7 @@ class Tracker:
             storage.refuse_password(uri, instead="the environment, as that of MLFLOW_TRACKING_URI")
         self.run_id = ""
         self._storage_root = storage_root
+        self._sending = threading.RLock()
         self._unsent: deque[dict[str, Any]] = deque()
         self._is_kept = False  # whether the file of unsent records exists
         self._away = False
@@ -195,7 +197,7 @@ class Tracker:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise ValueError(
-                f"{self.uri} has no MLflow run {run_id} ({error}); give the storage or tracking URI of its training"
+                f"{self.uri} has no MLflow run {run_id} ({error}); give the tracking URI of its training, or --no-track"
             ) from error
 
     def _experiment(self, name: str) -> str:
@@ -295,7 +297,8 @@ class Tracker:
         given_up = time.monotonic() + MLFLOW_PATIENCE
         while self._unsent and time.monotonic() < given_up:
             time.sleep(1)
-            self._send_all()
+            with self._sending:
+                self._send_all()
         if self._unsent:
             print(
                 f"MLflow {self.uri} is still unavailable: {len(self._unsent)} of its records are kept in "
@@ -304,11 +307,12 @@ class Tracker:
             )
 
     def _send(self, record: dict[str, Any]) -> None:
-        self._unsent.append(record)
-        if not self._away or time.monotonic() > self._try_again_at:
-            self._send_all()
-        else:
-            self._keep_unsent()
+        with self._sending:  # the reporter's thread and a signal's may both have records
+            self._unsent.append(record)
+            if not self._away or time.monotonic() > self._try_again_at:
+                self._send_all()
+            else:
+                self._keep_unsent()
 
     def _send_all(self) -> None:
         """Send unsent records in order, up to the first that fails."""

@@ -68,6 +68,7 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
     config = _settle(config)
     start.end("nodes")
     manifest = _open_data(config, folder, source)
+    config = fit_batch(config, manifest.split("train").sizes)  # again: classes may have gone with undecodable images
     start.end("data and model")
     run = begin(config, folder, manifest, tracker)
     with _tracking_the_end(run, tracker):
@@ -115,6 +116,9 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, DataSource | None]:
         storage=storage.absolute(config.storage),  # processes may have different working directories
         run_name=config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
     )
+    if config.data.test_classes is not None:  # an evaluation reads it again, from another folder
+        test_classes = storage.absolute(config.data.test_classes)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_classes=test_classes))
     source = find_source(config.data)
     storage.check_writable(config.storage)
     config = as_started(config)
@@ -122,6 +126,7 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, DataSource | None]:
     if source is not None:
         sizes = source.training_sizes()
         config = fit_batch(config, sizes)
+        advise(len(sizes))
         # Refuses what does not fit, before anything is decoded.
         ClassBalancedPlan(sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     return config, source
@@ -145,6 +150,16 @@ def find_source(config: DataConfig) -> DataSource | None:
     return source
 
 
+def advise(num_classes: int) -> None:
+    """Say so where there are few training classes."""
+    if num_classes < ADVISED_CLASSES:
+        print(
+            f"{num_classes} training classes are few: {ADVISED_CLASSES} or more are advised for embeddings of classes "
+            "that training has not seen",
+            flush=True,
+        )
+
+
 def fit_batch(config: TrainConfig, sizes: NDArray[np.int64]) -> TrainConfig:
     """Make a recipe's batch smaller where there are too few training classes or images for it, and say so.
 
@@ -156,24 +171,18 @@ def fit_batch(config: TrainConfig, sizes: NDArray[np.int64]) -> TrainConfig:
         ValueError: there are fewer than two training classes.
 
     """
-    num_classes, per_class = len(sizes), config.data.images_per_class
+    num_classes, per_class, num_images = len(sizes), config.data.images_per_class, int(sizes.sum())
     if num_classes < 2:
         raise ValueError(
             f"{config.data.root}: too few training classes, {num_classes}; training by classification needs two or "
             f"more, and {ADVISED_CLASSES} or more to be of use for classes that it has not seen"
         )
-    if num_classes < ADVISED_CLASSES:
-        print(
-            f"{num_classes} training classes are few: {ADVISED_CLASSES} or more are advised for embeddings of classes "
-            "that training has not seen",
-            flush=True,
-        )
-    most = num_classes * per_class if per_class is not None else int(sizes.sum())
+    most = num_images if per_class is None else min(num_classes * per_class, num_images)
     step = math.lcm(per_class or 1, *range(*_counts_of_workers(config)))
     fitted = most // step * step
     if not config.data.fit_batch or config.data.batch_size <= most or fitted == 0:
         return config
-    there = f"{num_classes} training classes x {per_class}" if per_class is not None else f"{most} training images"
+    there = f"{num_images} training images" if most == num_images else f"{num_classes} training classes x {per_class}"
     print(f"batch {config.data.batch_size} -> {fitted}: {there}", flush=True)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=fitted))
 
@@ -449,13 +458,12 @@ def _described_work(run: Run) -> dict[str, str]:
 def _tracking_the_end(run: Run, tracker: "Tracker") -> Iterator[None]:
     """Report to MLflow if the run fails or is stopped."""
 
-    def stop() -> str:
+    def stop() -> None:
         tracker.note(f"Stopped {_now()}.")
         tracker.finish(status="KILLED")
-        return f"the same command with --run-name {run.folder.name} continues"
 
     try:
-        with before_a_stop(stop):
+        with before_a_stop(stop, said=f"the same command with --run-name {run.folder.name} continues"):
             yield
     except BaseException as error:
         if isinstance(error, (StoppedError, KeyboardInterrupt)):
@@ -474,6 +482,7 @@ def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> EvaluationResults:
     doing("embedding the test images and searching")
     failures = run.folder.file(FAILURES_FILE) if step else None
     evaluation = evaluate(weights, run.config, run.manifest, num_gpus=num_gpus, failures=failures)
+    doing(None)
     tracker.log(evaluation.metrics_by_name(), step=step)
     if step:
         run.folder.keep_best(step, recall=evaluation.recall["float"])

@@ -7,7 +7,7 @@ import pytest
 
 from nsl_dist.commandline import parse_train_config
 from nsl_dist.config import DataConfig, TrainConfig
-from nsl_dist.training.train import fit_batch
+from nsl_dist.training.train import advise, fit_batch
 
 FIVE_EACH = TrainConfig(data=DataConfig(root="/photos", batch_size=80, images_per_class=5))
 
@@ -26,7 +26,6 @@ def test_a_batch_is_fitted(num_workers: int | str | None, fitted: int, capsys: p
     config = dataclasses.replace(FIVE_EACH, num_workers=num_workers) if num_workers != "1..4" else elastic()
     assert fit_batch(config, sizes(6)).data.batch_size == (fitted or config.data.batch_size)
     said = capsys.readouterr().out
-    assert "6 training classes are few: 50 or more are advised" in said
     assert (f"batch 80 -> {fitted}: 6 training classes x 5" in said) is bool(fitted)
 
 
@@ -38,6 +37,19 @@ def elastic() -> TrainConfig:
 def test_a_batch_that_fits_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_batch(FIVE_EACH, sizes(60)) == FIVE_EACH
     assert capsys.readouterr().out == ""
+
+
+def test_few_classes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    advise(50)
+    assert capsys.readouterr().out == ""
+    advise(6)
+    assert capsys.readouterr().out.startswith("6 training classes are few: 50 or more are advised")
+
+
+@pytest.mark.parametrize(("num_classes", "fitted"), [(10, 30), (20, 60)])
+def test_a_batch_is_fitted_to_few_images(num_classes: int, fitted: int) -> None:
+    """Of classes of three images each."""
+    assert fit_batch(FIVE_EACH, np.full(num_classes, 3)).data.batch_size == fitted
 
 
 def test_a_batch_of_any_images_is_fitted_to_their_number() -> None:

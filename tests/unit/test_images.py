@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from nsl_dist.data.images import FORMATS, decode, for_browsers, size_of, thumbnail
+from nsl_dist.data.images import FORMATS, decode, for_browsers, thumbnail
 
 HEIGHT, WIDTH = 24, 40
 
@@ -44,7 +44,7 @@ def test_images_are_upright(kind: str, orientation: int) -> None:
     exif[ExifTags.Base.Orientation] = orientation
     stored = scene() if orientation == 1 else scene().transpose(UNDO[orientation])
     content = encoded(stored, kind, exif=exif)
-    assert size_of(content) == (HEIGHT, WIDTH)
+    assert decode(content).shape == (3, HEIGHT, WIDTH)
     assert difference(content, scene()) < 4
 
 

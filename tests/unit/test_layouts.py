@@ -152,7 +152,8 @@ def test_test_classes_can_be_given(tmp_path: Path) -> None:
 def test_folders_are_split_within_classes(tmp_path: Path) -> None:
     root = str(write_folders(tmp_path, [4, 5, 1]))
     splits = by_split(read_records(root, layout="folders", split=FolderSplit(by="images", test_share=0.25)))
-    assert splits == {"train": {"thing 1": 3, "thing 2": 4, "thing 3": 1}, "test": {"thing 1": 1, "thing 2": 1}}
+    # Two at least, since one alone would have no match.
+    assert splits == {"train": {"thing 1": 2, "thing 2": 3, "thing 3": 1}, "test": {"thing 1": 2, "thing 2": 2}}
     with pytest.raises(ValueError, match=r"--data.test-classes does not go with --data.split images"):
         FolderSplit(by="images", test_classes="classes.txt")
 

@@ -148,6 +148,11 @@ def test_the_model_of_a_run(tmp_path: Path, backbone: str) -> None:
     for location in (best, best.parent):
         started = build_model(replace(config, weights=str(location)), seed=0).state_dict()
         assert all(torch.equal(started[name], tensor) for name, tensor in trained.items())
+    for batch_norm in ("frozen", "local"):
+        frozen = build_model(replace(config, batch_norm="frozen"), seed=1).state_dict()
+        (best / MODEL_FILE).write_bytes(weights_of(frozen))
+        started = build_model(replace(config, weights=str(best), batch_norm=batch_norm), seed=0).state_dict()
+        assert all(torch.equal(started[name], tensor) for name, tensor in frozen.items())
     message = rf"{best}: this run has --model.backbone {backbone} --model.dim 16 .*\(1 of another shape, first linear"
     with pytest.raises(ValueError, match=message):
         build_model(replace(config, dim=32, weights=str(best.parent)), seed=0)
