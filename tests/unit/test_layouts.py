@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -198,9 +199,18 @@ def test_links(tmp_path: Path) -> None:
     (root / "thing 1" / "linked.jpg").symlink_to(elsewhere / "1.jpg")
     paths = read_records(str(root), layout="folders")["path"].to_pylist()
     assert {"linked/1.jpg", "thing 1/linked.jpg"} < set(paths)
+    (root / "thing 2" / "itself.jpg").symlink_to(root / "thing 2" / "itself.jpg")
+    assert unused(str(root), set(paths)).files["broken links"] == ["thing 2/itself.jpg"]
     (root / "thing 2" / "up").symlink_to(root)
     with pytest.raises(ValueError, match="thing 2/up is a link to a folder that it lies in; remove it"):
         read_records(str(root), layout="folders")
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    write_folders(tmp_path, [2, 2])
+    Path(os.fsdecode(os.fsencode(tmp_path / "thing 1") + b"/K\xe4se.jpg")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"thing 1 holds b'K\\xe4se.jpg', whose name is not in UTF-8; rename it"):
+        read_records(str(tmp_path), layout="folders")
 
 
 def test_a_published_split_is_kept(root: Path) -> None:
