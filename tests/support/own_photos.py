@@ -11,7 +11,7 @@ CLASSES = [
     "Äpfel", "rote Grütze", "🍌", "Fruit/Kiwi", "Fruit/Citrus/Lemon", "Milk 1,5%", "Bread", "Cheese", "Eggs", "Rice",
     "Tea", "Soap",
 ]  # fmt: skip
-PER_CLASS = 38
+PER_CLASS = 18
 HEIGHT, WIDTH = 48, 64
 
 
@@ -26,7 +26,7 @@ def photo(class_number: int, number: int) -> Image.Image:
 
 
 def write_own_photos(root: Path) -> None:
-    """Write 12 classes of 38 photos, and beside them what `ACCOUNT` says."""
+    """Write 12 classes of photos, and beside them what the constants below say."""
     pillow_heif.register_heif_opener()
     for class_number, name in enumerate(CLASSES):
         folder = root / name
