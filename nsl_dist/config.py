@@ -9,6 +9,11 @@ DEFAULT_STORAGE = "~/nsl_dist"
 MOST_NEIGHBOURS = 1000  # per query in jobs/search.py
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 SplitBy = Literal["classes", "images"]
+# What the classes of the test images are, by how the images were split.
+TEST_CLASSES: dict[SplitBy, str] = {
+    "classes": "unseen classes",
+    "images": "classes that training has seen other images of",
+}
 Kind = Literal["float", "binary"]  # of embeddings: unit vectors, or the signs of their coordinates
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import BY_CLASSES, FolderSplit, Layout, SplitBy
+from nsl_dist.config import BY_CLASSES, TEST_CLASSES, FolderSplit, Layout, SplitBy
 from nsl_dist.data.layouts import Unused, read_records, recognise, unused
 from nsl_dist.data.synthetic import write_products
 from nsl_dist.progress import Progress
@@ -178,7 +178,7 @@ class Manifest:
     @property
     def test_classes(self) -> str:
         """Say which classes the test images have."""
-        return "unseen classes" if self.split_by == "classes" else "classes that training has seen other images of"
+        return TEST_CLASSES[self.split_by]
 
     def account(self) -> dict[str, str]:
         """Say what became of every file of the raw folder; what there is none of is left out."""

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nsl_dist.config import Kind
+from nsl_dist.config import TEST_CLASSES, Kind
 
 KINDS: tuple[Kind, ...] = ("float", "binary")
 
@@ -87,7 +87,7 @@ class EvaluationResults:
     @property
     def classes(self) -> str:
         """What the classes of the queries are."""
-        return "unseen classes" if self.unseen else "classes that training has seen other images of"
+        return TEST_CLASSES["classes" if self.unseen else "images"]
 
     def metrics_by_name(self) -> dict[str, float]:
         """Return the metrics of all kinds by their names in MLflow: `recall_at_1_float`."""
