@@ -54,6 +54,7 @@ def main() -> None:
             f"{name}: {counts['num_images']:,} images of {counts['num_classes']:,} classes, "
             f"{counts['num_singletons']:,} classes with one image"
         )
+    print(f"used: {sum(counts['num_images'] for counts in manifest.splits.values()):,} images")
     for name, text in manifest.account().items():
         print(f"{name}: {text}")
     print(f"digest {manifest.digest}\n{len(manifest.shards)} shards in {manifest.root}")

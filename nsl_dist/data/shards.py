@@ -181,11 +181,9 @@ class Manifest:
         return TEST_CLASSES[self.split_by]
 
     def account(self) -> dict[str, str]:
-        """Say what became of every file of the raw folder; what there is none of is left out."""
-        used = sum(split["num_images"] for split in self.splits.values())
+        """Say what became of all files of the raw folder but the images used; what there is none of is left out."""
         across = [same for same in self.duplicates if len(set(same["splits"])) > 1]
         lines = {
-            "used": f"{used:,} images",
             "undecodable": _listed([f"{each['path']} ({each['error']})" for each in self.undecodable]),
             "other files": ", ".join(f"{ending} {len(files):,}" for ending, files in sorted(self.unused.items())),
             "empty folders": _listed(self.empty_folders),

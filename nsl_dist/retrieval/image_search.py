@@ -70,7 +70,7 @@ def prepare_gallery(config: SearchConfig) -> PreparedGallery:
     lines = {
         "checkpoint": f"{checkpoint}: {model.backbone}, {model.dim} dimensions, {data.image_size} pixels",
         "gallery": f"{num_images:,} images of {num_classes:,} classes, split {split} of {manifest.root}",
-        **{name: text for name, text in manifest.account().items() if name != "used"},
+        **manifest.account(),
         "index": "; ".join(_described(kind, config, model.dim) for kind in config.kinds),
     }
     announce(lines)

@@ -402,7 +402,7 @@ def _described_data(manifest: Manifest) -> dict[str, str]:
         "train": f"{train['num_images']:,} images of {train['num_classes']:,} classes{_named(manifest, 'train')}",
         "test": f"{test['num_images']:,} images of {test['num_classes']:,} {manifest.test_classes}{searched}"
         + _named(manifest, query),
-        **{name: text for name, text in manifest.account().items() if name != "used"},
+        **manifest.account(),
     }
 
 
