@@ -174,6 +174,9 @@ class ProxyConfig:
     """Learning rate of the proxies, relative to the backbone's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of proxies and momentum; bfloat16 uses stochastic rounding. The loss is always float32."""
+    matmul: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Type that the inputs of the loss's matrix products are rounded to; their sums are float32. auto: tf32 on GPUs,
+    float32 on CPUs, where the others only take effect if the CPU has them."""
     placement: Literal["device", "host", "disk"] = "device"
     """Where the matrix is stored: with the model, in host memory (only sampled rows are copied to the GPU), or in a
     memory-mapped file."""
@@ -194,6 +197,12 @@ class ProxyConfig:
         _require(0 <= self.label_smoothing < 1, f"--proxies.label-smoothing {self.label_smoothing} must be in [0, 1)")
         _require(self.lr_scale > 0, f"--proxies.lr-scale {self.lr_scale} must be positive")
         _require(self.memory > 0, f"--proxies.memory {self.memory} must be positive")
+
+    def matmul_on(self, device_type: str) -> str:
+        """Return what `matmul` means on a `cpu` or `cuda` device."""
+        if self.matmul != "auto":
+            return self.matmul
+        return "tf32" if device_type == "cuda" else "float32"
 
 
 @dataclass(frozen=True)

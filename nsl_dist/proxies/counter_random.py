@@ -19,11 +19,31 @@ def _mix(state: Tensor) -> Tensor:
     return state
 
 
+def _mix_integer(state: int) -> int:
+    """Scramble an unsigned 64-bit integer in the same way."""
+    state &= 2**64 - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> shift)) * factor & 2**64 - 1
+    return state ^ (state >> 31)
+
+
+def random_integers(size: int, *counters: int) -> list[int]:
+    """Return 32-bit integers that depend on all counters."""
+    state = 0
+    for counter in counters:
+        state = _mix_integer(state + counter + _GAMMA)
+    return [_mix_integer(state + number * _GAMMA) >> 32 for number in range(1, size + 1)]
+
+
+def stream_key(seed: int, stream: int) -> int:
+    """Return the key of a stream, which is mixed with the row, as a signed 64-bit integer."""
+    key = _mix_integer(_mix_integer(seed) + stream * (_GAMMA & 0xFFFFFFFF))
+    return key - (key >> 63 << 64)
+
+
 def random_bits(rows_S: Tensor, num_words: int, *, seed: int, stream: int) -> Tensor:
     """Return random 64-bit words, int64 `[S, num_words]`, for rows given as int64 `[S]`."""
-    key = _mix(torch.tensor(seed, dtype=torch.int64))
-    key = _mix(key + stream * (_GAMMA & 0xFFFFFFFF))
-    keys_S = _mix(rows_S * _GAMMA + int(key))
+    keys_S = _mix(rows_S * _GAMMA + stream_key(seed, stream))
     return _mix(keys_S[:, None] + torch.arange(1, num_words + 1, device=rows_S.device) * _GAMMA)
 
 

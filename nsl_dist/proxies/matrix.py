@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor
 from nsl_dist.config import ProxyConfig
 from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.proxies.sampling import sample_rows
-from nsl_dist.proxies.softmax import SampledProxies, normalized_softmax_loss, split_into_chunks
+from nsl_dist.proxies.sampling import draw_classes
+from nsl_dist.proxies.softmax import LOWEST_TEMPERATURE, normalized_softmax_loss
 from nsl_dist.proxies.table import Table
+from nsl_dist.proxies.torch_step import TorchStep
 
-# Small enough for a CPU's cache to hold the proxies of a chunk, their gradients and logits between operations.
-CPU_CHUNK_BYTES = 8 * 2**20
+if TYPE_CHECKING:  # Triton is only there and only needed where there is a GPU
+    from nsl_dist.proxies.recording import Recorder
+    from nsl_dist.proxies.row_transfer import RowTransfer
+    from nsl_dist.proxies.triton_step import TritonStep
 
 
 class ProxyMatrix:
@@ -43,13 +46,22 @@ class ProxyMatrix:
         seed: int = 0,
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
+        kernels: bool | None = None,
     ) -> None:
         """Draw the proxies from U(-1/sqrt(D), 1/sqrt(D)) (paper, section 4.1), independent of the number of workers.
 
+        `kernels` selects Triton kernels instead of PyTorch's operations; None: on GPUs. On CPUs, Triton can interpret
+        them, for tests.
+
         Raises:
-            ValueError: the matrix does not fit in the configured placement.
+            ValueError: the matrix does not fit in the configured placement, or the temperature is too low for float32.
 
         """
+        if config.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature {config.temperature} is below {LOWEST_TEMPERATURE:.4f}, the lowest that float32 can "
+                "represent"
+            )
         self.partition = partition
         self.config = config
         self.seed = seed
@@ -67,9 +79,10 @@ class ProxyMatrix:
         self.optimizer: DeferredSGD | RowwiseAdagrad | None = None
         self._unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._spare: deque[tuple[Tensor, Tensor]] = deque()
-        self._prefetched: Future[SampledProxies] | None = None
-        # On a CPU the proxies need no copy, and a background thread would only slow the model down.
-        self._background = ThreadPoolExecutor(1) if self.weight.device.type == "cuda" else None
+        self._kernels = self.weight.device.type == "cuda" if kernels is None else kernels
+        self._transfer: RowTransfer | None = None
+        self._recorder: Recorder | None = None
+        self._prefetched: TorchStep | TritonStep | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -85,19 +98,28 @@ class ProxyMatrix:
         self._spare.clear()  # its contents depend on the optimiser
         if self.optimizer is not None:
             self.optimizer.catch_up(step=step)
-            self.optimizer = None  # free its memory before the next one allocates as much
+            # Free its memory before the next one allocates as much.
+            self.optimizer = self._transfer = self._recorder = None
         if self.config.optimizer == "sgd":
             self.optimizer = DeferredSGD(self.weight, momentum=momentum, weight_decay=weight_decay)
         else:
             self.optimizer = RowwiseAdagrad(self.weight, weight_decay=weight_decay)
+        if self._kernels and self.config.placement != "device":
+            from nsl_dist.proxies.row_transfer import RowTransfer
+
+            self._transfer = RowTransfer(self.optimizer.tables)
+        if self.weight.device.type == "cuda" and self.config.placement != "disk":
+            from nsl_dist.proxies.recording import Recorder
+
+            self._recorder = Recorder()
 
     def prefetch(self, labels_B: NDArray[np.int64], *, step: int) -> None:
-        """Sample the classes of the next step and fetch their proxies for `loss` while the device is busy.
+        """Sample the classes of the next step and fetch their proxies for `loss`, while a GPU is busy.
 
         Does nothing on a CPU.
         """
-        if self._background is not None:
-            self._prefetched = self._background.submit(self._sample, labels_B, step=step)
+        if self._kernels:
+            self._prefetched = self._sample(labels_B, step=step)
 
     def loss(
         self,
@@ -132,22 +154,12 @@ class ProxyMatrix:
                 f"{len(labels_B)} labels in step {step}, expected those of the global batch: {world_size} workers x "
                 f"{len(embeddings_bD)} images = {world_size * len(embeddings_bD)}"
             )
-        if self._prefetched is not None:
-            proxies, self._prefetched = self._prefetched.result(), None
-            assert proxies.step == step, f"prefetched for step {proxies.step}, not {step}"
-        else:
-            proxies = self._sample(labels_B, step=step)
+        sampled = self._prefetched or self._sample(labels_B, step=step)
+        self._prefetched = None
+        assert sampled.step == step, f"prefetched for step {sampled.step}, not {step}"
         if not embeddings_bD.requires_grad:  # backward must still run to train the proxies
             embeddings_bD = embeddings_bD.detach().requires_grad_(torch.is_grad_enabled())
-        loss, finite_2B = normalized_softmax_loss(
-            embeddings_bD,
-            proxies,
-            lr=lr,
-            temperature=self.config.temperature,
-            smoothing=self.config.label_smoothing,
-            group=self.group,
-            accuracy=accuracy,
-        )
+        loss, finite_2B = normalized_softmax_loss(embeddings_bD, sampled, lr=lr, group=self.group, accuracy=accuracy)
         if self.weight.device.type == "cuda":  # checked in the next step, so that this one need not synchronise
             self._unchecked = (step, finite_2B.to("cpu", non_blocking=True), torch.cuda.Event())
             self._unchecked[2].record()
@@ -197,45 +209,35 @@ class ProxyMatrix:
         return {"weight": self.weight.values, **self.optimizer.state}
 
     def _drop_prefetched(self) -> None:
+        """Let go of rows that may be about to change, and wait until all changes have landed."""
         if self._prefetched is not None:
-            self._prefetched.result()  # it reads rows that are about to be written
+            self._prefetched.discard()
             self._prefetched = None
+        if self._transfer is not None:
+            self._transfer.finish()
 
-    def _sample(self, labels_B: NDArray[np.int64], *, step: int) -> SampledProxies:
+    def _sample(self, labels_B: NDArray[np.int64], *, step: int) -> "TorchStep | TritonStep":
         assert self.optimizer is not None, "call start_optimizer first"
-        partition, weight = self.partition, self.weight
+        partition = self.partition
         if labels_B.min() < 0 or labels_B.max() >= partition.num_classes:
             raise ValueError(
                 f"labels span {labels_B.min()} to {labels_B.max()} in step {step}, but there are "
                 f"{partition.num_classes} classes; the plan and the shards belong to different data sets"
             )
-        positives = np.unique(labels_B[(labels_B >= partition.start) & (labels_B < partition.stop)]) - partition.start
-        # To numpy, (seed, step, 0) equals (seed, step), which seeds the plan; 1 seeds the augmentation.
-        rng = np.random.default_rng((self.seed, step, 2 + partition.rank))
-        num_others = partition.num_rows - len(positives)
-        num_sampled = self.num_sampled
-        if self.config.correct_sampling:
-            num_sampled = max(num_sampled, len(positives) + min(1, num_others))  # at least one must represent the rest
-        rows = sample_rows(positives, num_rows=partition.num_rows, num_sampled=num_sampled, rng=rng)
-        correct = self.config.correct_sampling and len(positives) < len(rows) < partition.num_rows
-
-        bytes_per_row = self.optimizer.bytes_per_row + 4 * len(labels_B)
-        budget = int(self.config.memory * 2**30)
-        keep = len(rows) * bytes_per_row <= budget
-        # Processing a chunk needs a few times the memory that is kept of it.
-        chunk_bytes = min(budget // 4, CPU_CHUNK_BYTES) if weight.device.type == "cpu" else budget // 4
-        chunks = split_into_chunks(
-            rows,
-            labels_B - partition.start,
-            rows_at_once=max(1, chunk_bytes // bytes_per_row),
-            multiplicity=num_others / (len(rows) - len(positives)) if correct else None,
-            table_device=weight.values.device,
-            device=weight.device,
+        draw = draw_classes(
+            labels_B,
+            partition,
+            num_sampled=self.num_sampled,
+            correct=self.config.correct_sampling,
+            seed=(self.seed, step, partition.rank),
         )
-        proxies = SampledProxies(chunks, self.optimizer, step, keep, self._spare, self.optimizer.num_finished)
-        if keep and weight.values.device != weight.device:
-            proxies.prefetched = [proxies.read(chunk) for chunk in range(len(chunks))]
-        return proxies
+        if not self._kernels:
+            return TorchStep(draw, self.optimizer, self.config, step=step, spare=self._spare)
+        from nsl_dist.proxies.triton_step import TritonStep
+
+        return TritonStep(
+            draw, self.optimizer, self.config, step=step, transfer=self._transfer, recorder=self._recorder
+        )
 
     def _check_finite(self) -> None:
         if self._unchecked is None:
@@ -245,7 +247,7 @@ class ProxyMatrix:
             event.synchronize()
         if bool(finite_2B.all()):
             return
-        embeddings_B = finite_2B[0].numpy()
+        embeddings_B = finite_2B[0].bool().numpy()
         if embeddings_B.all():
             raise FloatingPointError(
                 f"step {step}: class proxies are nan or infinite although all embeddings are finite; start "

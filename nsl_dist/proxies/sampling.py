@@ -1,54 +1,138 @@
-"""Sampling of the classes for one iteration."""
+"""Sampling of the classes for one iteration, the same on every device."""
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nsl_dist.proxies.counter_random import random_integers
+from nsl_dist.proxies.partition import Partition
 
-def draw_distinct(size: int, num_values: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw a uniformly random set of `size` distinct integers from [0, num_values), ascending, in O(size log size)."""
-    if size > num_values // 2:
-        keep = np.ones(num_values, dtype=bool)
-        keep[draw_distinct(num_values - size, num_values, rng)] = False
-        return np.flatnonzero(keep)
-    drawn = np.empty(0, dtype=np.int64)
-    while len(drawn) < size:
-        # About as many draws with replacement as yield the missing number of distinct values. The result does not
-        # depend on their order, so all sets of len(drawn) values are equally likely, and so are all their subsets.
-        missing = size - len(drawn)
-        num_draws = math.ceil(-(num_values - len(drawn)) * math.log1p(-missing / (num_values - len(drawn)))) + 16
-        drawn = np.concatenate([drawn, rng.integers(num_values, size=num_draws)])
-        drawn.sort()  # far faster than np.unique, which hashes
-        drawn = drawn[np.diff(drawn, prepend=-1) > 0]
-    surplus = rng.choice(len(drawn), len(drawn) - size, replace=False)
-    return np.delete(drawn, surplus)
+NUM_ROUNDS = 6
 
 
-def sample_rows(
-    positives: NDArray[np.int64], *, num_rows: int, num_sampled: int, rng: np.random.Generator
+def draw_distinct(
+    size: int, num_values: int, keys: NDArray[np.uint32], *, bits: int | None = None
 ) -> NDArray[np.int64]:
-    """Sample the rows of one worker's partition for one iteration.
+    """Draw `size` distinct integers from [0, num_values), in random order.
 
-    All classes of the batch are included; other classes, drawn without replacement, fill the budget (paper, class
+    The i-th is where a random permutation takes i, so that a GPU draws each one on its own. The permutation is a
+    Feistel network over the next power of two, applied until the result is below `num_values` (Black & Rogaway,
+    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002): fewer than two times on average.
+
+    Args:
+        size: at most `num_values`.
+        num_values: size of the range.
+        keys: `NUM_ROUNDS` random numbers that select the permutation.
+        bits: see `bits_of`; None: as few as possible.
+
+    """
+    bits = bits or bits_of(num_values)
+    drawn = np.arange(size, dtype=np.int64)
+    outside = np.arange(size)
+    while len(outside) > 0:
+        drawn[outside] = _permute(drawn[outside], bits, keys)
+        outside = np.flatnonzero(drawn >= num_values)
+    return drawn
+
+
+def bits_of(num_values: int) -> int:
+    """Return the number of bits that the permutation works on. With fewer than 6 it would not be random enough."""
+    return max(6, (num_values - 1).bit_length())
+
+
+def _permute(values: NDArray[np.int64], bits: int, keys: NDArray[np.uint32]) -> NDArray[np.int64]:
+    width, other_width = bits - bits // 2, bits // 2  # of the right half, and of the left one
+    left, right = (values >> width).astype(np.uint32), (values & (1 << width) - 1).astype(np.uint32)
+    for key in keys:
+        mixed = _scramble(right + key)
+        mixed &= np.uint32((1 << other_width) - 1)
+        mixed ^= left
+        left, right = right, mixed
+        width, other_width = other_width, width
+    return left.astype(np.int64) << width | right
+
+
+def _scramble(numbers: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Mix 32-bit integers in place: the finaliser of MurmurHash3."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        numbers ^= numbers >> np.uint32(shift)
+        numbers *= np.uint32(factor)
+    numbers ^= numbers >> np.uint32(16)
+    return numbers
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The classes that one worker samples in one iteration: those of the batch in order, then others.
+
+    If it samples all, they are in the order of the classes.
+    """
+
+    positives: NDArray[np.int64]
+    """This worker's rows that have an image in the global batch, ascending; empty if all rows are sampled."""
+    columns_B: NDArray[np.int64]
+    """Place of each image's class among the sampled ones; negative if another worker owns it."""
+    num_sampled: int
+    num_rows: int
+    """Rows of this worker."""
+    multiplicity: float
+    """Number of classes that each sampled class without an image represents in the normaliser."""
+    keys: NDArray[np.uint32]
+    """Select the permutation that draws the others."""
+
+    @property
+    def everything(self) -> bool:
+        """All rows are sampled."""
+        return self.num_sampled == self.num_rows
+
+    @property
+    def bits(self) -> int:
+        """Bits of the permutation, which are the same in every iteration."""
+        return bits_of(self.num_rows)
+
+    def rows(self, *, ascending: bool) -> NDArray[np.int64]:
+        """Return the sampled rows; `ascending` sorts those without an image, which a CPU reads faster."""
+        num_others = self.num_rows - len(self.positives)
+        others = draw_distinct(self.num_sampled - len(self.positives), num_others, self.keys, bits=self.bits)
+        if ascending:
+            others.sort()
+        # The i-th row that is not a positive is i plus the number of positives before it.
+        before = np.searchsorted(self.positives - np.arange(len(self.positives)), others, side="right")
+        return np.concatenate([self.positives, others + before])
+
+
+def draw_classes(
+    labels_B: NDArray[np.int64],
+    partition: Partition,
+    *,
+    num_sampled: int,
+    correct: bool = False,
+    seed: tuple[int, ...],
+) -> Draw:
+    """Draw the classes of one worker for one iteration.
+
+    All its classes of the batch are included; others, drawn without replacement, fill the budget (paper, class
     sampling). The cost depends on the budget, not on the number of classes.
 
     Args:
-        positives: rows of this partition that have an image in the global batch, ascending and distinct.
-        num_rows: rows of this partition.
-        num_sampled: the budget, at most `num_rows`.
-        rng: generator seeded by (seed, step, rank).
-
-    Returns:
-        max(num_sampled, number of positives) rows, ascending and distinct.
+        labels_B: classes of the global batch.
+        partition: classes of this worker.
+        num_sampled: the budget, at most `partition.num_rows`.
+        correct: let the sampled classes without an image stand for all such classes; at least one is sampled then.
+        seed: differs between iterations and workers.
 
     """
-    if num_sampled == num_rows:
-        return np.arange(num_rows)
-    num_negatives = num_sampled - len(positives)
-    if num_negatives <= 0:
-        return positives
-    # The i-th row that is not a positive is i plus the number of positives before it.
-    drawn = draw_distinct(num_negatives, num_rows - len(positives), rng)
-    negatives = drawn + np.searchsorted(positives - np.arange(len(positives)), drawn, side="right")
-    return np.insert(negatives, np.searchsorted(negatives, positives), positives)
+    rows_B = labels_B - partition.start
+    mine_B = (rows_B >= 0) & (rows_B < partition.num_rows)
+    ascending = np.sort(rows_B[mine_B])  # faster than np.unique, which hashes
+    positives = ascending[np.diff(ascending, prepend=-1) > 0]
+    num_others = partition.num_rows - len(positives)
+    num_sampled = max(num_sampled, len(positives) + (min(1, num_others) if correct else 0))
+    keys = np.array(random_integers(NUM_ROUNDS, *seed), dtype=np.uint32)
+    if num_sampled == partition.num_rows:
+        columns_B = np.where(mine_B, rows_B, -1)
+        return Draw(positives[:0], columns_B, num_sampled, partition.num_rows, 1.0, keys)
+    columns_B = np.where(mine_B, np.searchsorted(positives, rows_B), -1)
+    multiplicity = num_others / (num_sampled - len(positives)) if correct else 1.0
+    return Draw(positives, columns_B, num_sampled, partition.num_rows, multiplicity, keys)

@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+import weakref
 from typing import Literal
 
 import torch
@@ -15,17 +16,18 @@ from nsl_dist.proxies.partition import Partition
 Rows = slice | Tensor
 Placement = Literal["device", "host", "disk"]
 
+# What passes over all rows work on at a time, by the type of device.
+NUMBERS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+
 
 class Table:
     """A matrix of which each step reads and writes a few rows.
 
     Attributes:
         values: `[partition.num_rows, dim]`, float32 or bfloat16, stored according to `placement`.
+        device: where the rows are used.
 
     """
-
-    # Passes over all rows work on this many at a time.
-    ROWS_AT_ONCE = 8192
 
     def __init__(
         self,
@@ -47,15 +49,15 @@ class Table:
             partition: classes of the rows.
             dim: number of columns.
             dtype: type of the values; bfloat16 is rounded stochastically.
-            placement: `device`; `host`, the same as `device` on a CPU; or `disk`, an unnamed file that disappears with
-                the process.
-            device: device that rows are read to.
+            placement: `device`; `host`, the same as `device` on a CPU, and memory that kernels can address on a GPU; or
+                `disk`, an unnamed file that disappears with the process.
+            device: where the rows are used.
             directory: folder for the file; None for the system's temporary folder.
             seed: seed of the initial rows and of the rounding.
             initial_bound: 0 initialises with zeros.
 
         Raises:
-            ValueError: the directory does not exist or its disk is full.
+            ValueError: the directory does not exist, its disk is full, or host memory cannot be pinned.
 
         """
         self.partition = partition
@@ -69,6 +71,8 @@ class Table:
             self.values = _map_file(shape, dtype, directory)
         elif placement == "host" or self.device.type == "cpu":
             self.values = _map_memory(shape, dtype)
+            if self.device.type != "cpu":
+                _pin(self.values)
         else:
             self.values = torch.zeros(shape, dtype=dtype, device=self.device)
         self._made_C: Tensor | None = None
@@ -90,42 +94,42 @@ class Table:
         )
 
     def parts(self) -> list[slice]:
-        """Return slices of `ROWS_AT_ONCE` that cover all rows."""
-        starts = range(0, self.partition.num_rows, self.ROWS_AT_ONCE)
-        return [slice(start, min(start + self.ROWS_AT_ONCE, self.partition.num_rows)) for start in starts]
+        """Return slices that cover all rows."""
+        rows_at_once = max(1, NUMBERS_AT_ONCE[self.values.device.type] // self.values.shape[1])
+        starts = range(0, self.partition.num_rows, rows_at_once)
+        return [slice(start, min(start + rows_at_once, self.partition.num_rows)) for start in starts]
 
     def make_all(self) -> None:
         """Initialise all rows that were never read."""
         for rows in self.parts():
             self._make(rows)
         self._made_C = None
+        if self.values.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the passes' large buffers, before smaller tensors settle in them
 
     def declare_made(self) -> None:
         """Treat all rows as initialised, because they are loaded from elsewhere."""
         self._made_C = None
 
     def read(self, rows: Rows, *, out: Tensor | None = None) -> Tensor:
-        """Return rows as float32 `[S, D]` on the device; a view if nothing has to be copied or converted.
+        """Return rows as float32 `[S, D]` where they are stored; a view if nothing has to be copied or converted.
 
         `out` is memory that may be reused.
         """
-        self._make(rows)
         if isinstance(rows, slice):
-            values_SD = self.values[rows]
-        elif self.values.device == self.device:
-            same_dtype = out is not None and out.dtype == self.values.dtype
-            values_SD = torch.index_select(self.values, 0, rows, out=out if same_dtype else None)
-        else:
-            staged = torch.empty(len(rows), self.values.shape[1], dtype=self.values.dtype, pin_memory=True)
-            values_SD = torch.index_select(self.values, 0, rows, out=staged)
-        return values_SD.to(self.device, non_blocking=True).float()
+            self._make(rows)
+            return self.values[rows].float()
+        return self.gather(rows, out=out if out is not None and out.dtype == self.values.dtype else None).float()
+
+    def gather(self, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return a copy of rows, into `out` if it is given, in the type and memory of the table."""
+        self._make(rows)
+        return torch.index_select(self.values, 0, rows, out=out)
 
     def write(self, rows: Rows, values_SD: Tensor, *, stream: int) -> None:
         """Write rows, possibly the view that `read` returned. `stream` must differ between calls, for the rounding."""
         if self.values.dtype == torch.bfloat16:
-            classes_S = self._classes(rows).to(values_SD.device)
-            values_SD = round_to_bfloat16(values_SD, classes_S, seed=self.seed, stream=stream)
-        values_SD = values_SD.to(self.values.device)
+            values_SD = round_to_bfloat16(values_SD, self._classes(rows), seed=self.seed, stream=stream)
         if not isinstance(rows, slice):
             self.values.index_copy_(0, rows, values_SD)
         elif (target_SD := self.values[rows]).data_ptr() != values_SD.data_ptr():
@@ -155,6 +159,22 @@ def _map_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         with contextlib.suppress(OSError):  # not supported by the kernel
             memory.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses for random rows
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _pin(values: Tensor) -> None:
+    """Lock host memory and let kernels address it.
+
+    PyTorch's own pinned memory would be rounded up to a power of two.
+    """
+    if values.numel() == 0:
+        return
+    error = torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0)
+    if int(error) != 0:
+        raise ValueError(
+            f"CUDA cannot pin {values.nbytes / 2**30:.1f} GiB of host memory for class proxies (error {int(error)}); "
+            "use more workers, --proxies.dtype bfloat16 or --proxies.placement disk"
+        )
+    weakref.finalize(values.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, values.data_ptr())
 
 
 def _map_file(shape: tuple[int, int], dtype: torch.dtype, directory: str | None) -> Tensor:

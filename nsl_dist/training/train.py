@@ -426,7 +426,8 @@ def _described_model(run: Run) -> dict[str, str]:
         f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
         "proxies": f"{num_classes:,} x {config.model.dim}, {sampled} sampled in each iteration; each worker "
         f"keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed on "
-        f"{config.device if proxies.placement == 'device' else proxies.placement}",
+        f"{config.device if proxies.placement == 'device' else proxies.placement}, multiplied in "
+        f"{proxies.matmul_on(config.device)}",
     }
 
 

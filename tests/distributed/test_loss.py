@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import tests.support.interpreter  # noqa: F401
 from nsl_dist.config import ProxyConfig
 from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.proxies.sampling import sample_rows
+from nsl_dist.proxies.sampling import draw_classes
 from nsl_dist.proxies.table import Table
 from tests.support.ranks import Ranks
 
@@ -43,10 +44,10 @@ def sampled_classes(labels: np.ndarray, num_classes: int, sample_rate: float, st
     drawn = []
     for rank in range(world_size):
         part = Partition(num_classes, rank, world_size)
-        mine = np.unique(labels[(labels >= part.start) & (labels < part.stop)] - part.start)
-        rng = np.random.default_rng((0, step, 2 + rank))
         num_sampled = int(np.ceil(sample_rate * part.num_rows))
-        drawn.append(part.start + sample_rows(mine, num_rows=part.num_rows, num_sampled=num_sampled, rng=rng))
+        drawn.append(
+            part.start + draw_classes(labels, part, num_sampled=num_sampled, seed=(0, step, rank)).rows(ascending=True)
+        )
     return np.concatenate(drawn)
 
 
@@ -80,9 +81,16 @@ def dense_loss(
     return ((logits + added).logsumexp(dim=1) - wanted).mean()
 
 
-def matrix_of(part: Partition, *, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any) -> ProxyMatrix:
+def matrix_of(
+    part: Partition,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    kernels: bool = False,
+    **options: Any,
+) -> ProxyMatrix:
     group = dist.group.WORLD if part.world_size > 1 else None
-    matrix = ProxyMatrix(part, DIM, ProxyConfig(temperature=TEMPERATURE, **options), group=group)
+    matrix = ProxyMatrix(part, DIM, ProxyConfig(temperature=TEMPERATURE, **options), group=group, kernels=kernels)
     matrix.start_optimizer(momentum=momentum, weight_decay=weight_decay, step=0)
     return matrix
 
@@ -91,8 +99,10 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-def check_loss(rank: int, world_size: int) -> None:
+def check_loss(rank: int, world_size: int, *, kernels: bool = False) -> None:
     for num_classes, sample_rate, step, options in CASES:
+        if kernels and step > 0:  # interpreting them takes its time
+            continue
         embeddings, labels = batch_of(num_classes, step)
         part = Partition(num_classes, rank, world_size)
 
@@ -105,7 +115,7 @@ def check_loss(rank: int, world_size: int) -> None:
         exact = dense_loss(dense_embeddings, dense_proxies, labels, classes, added, smoothing)
         exact.backward()
 
-        matrix = matrix_of(part, sample_rate=sample_rate, **options)
+        matrix = matrix_of(part, sample_rate=sample_rate, kernels=kernels, **options)
         before = matrix.weight.values.clone()
         mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         local = embeddings[mine].float().requires_grad_()
@@ -127,6 +137,14 @@ def check_loss(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_partitioned_loss_equals_dense(ranks: Ranks, world_size: int) -> None:
     ranks.run(check_loss, world_size)
+
+
+def check_loss_by_kernels(rank: int, world_size: int) -> None:
+    check_loss(rank, world_size, kernels=True)
+
+
+def test_partitioned_loss_by_kernels_equals_dense(ranks: Ranks) -> None:
+    ranks.run(check_loss_by_kernels, 3)
 
 
 def check_trajectory(rank: int, world_size: int, num_classes: int) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tests.support.interpreter  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[torch.device]:

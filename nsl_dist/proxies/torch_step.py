@@ -1,0 +1,226 @@
+"""The proxies' step in plain PyTorch, for CPUs; letters as in `softmax`."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsl_dist.config import ProxyConfig
+from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
+from nsl_dist.proxies.sampling import Draw
+from nsl_dist.proxies.softmax import BEST, CLASSES, NORMALISER, TARGET, TOTAL, shift_of
+from nsl_dist.proxies.table import Rows
+
+# Small enough for a CPU's cache to hold the proxies of a chunk, their gradients and logits between operations.
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Sampled classes of this worker that are processed together."""
+
+    rows: Rows
+    num_rows: int
+    target_images: Tensor
+    """Images of the global batch whose class is in this chunk."""
+    target_columns: Tensor
+    """Index of each such image's class in the chunk."""
+    num_positives: int
+    """Classes at the start of the chunk that have an image."""
+    multiplicity: float
+    """Number of classes that each of the others represents in the normaliser."""
+
+    @property
+    def num_classes(self) -> float:
+        """Number of classes that the chunk represents."""
+        return self.num_positives + self.multiplicity * (self.num_rows - self.num_positives)
+
+    def weighted(self, values_BS: Tensor) -> Tensor:
+        """Multiply values in place by the number of classes that each column represents."""
+        if self.multiplicity != 1:
+            values_BS[:, self.num_positives :] *= self.multiplicity
+        return values_BS
+
+
+def split_into_chunks(draw: Draw, *, rows_at_once: int) -> list[Chunk]:
+    """Split sampled classes into chunks; all classes are addressed by slices, which are read without a copy."""
+    rows = None if draw.everything else torch.from_numpy(draw.rows(ascending=True))
+    chunks = []
+    for start in range(0, draw.num_sampled, rows_at_once):
+        stop = min(start + rows_at_once, draw.num_sampled)
+        images = np.flatnonzero((draw.columns_B >= start) & (draw.columns_B < stop))
+        chunks.append(
+            Chunk(
+                rows=slice(start, stop) if rows is None else rows[start:stop],
+                num_rows=stop - start,
+                target_images=torch.from_numpy(images),
+                target_columns=torch.from_numpy(draw.columns_B[images] - start),
+                num_positives=min(max(len(draw.positives) - start, 0), stop - start),
+                multiplicity=draw.multiplicity,
+            )
+        )
+    return chunks
+
+
+@contextmanager
+def products_in(matmul: str) -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices in a lower precision where the CPU has it; sums stay float32."""
+    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    backend.fp32_precision = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bf16"}[matmul]
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+Read = tuple[Tensor, Tensor]
+
+
+class TorchStep:
+    """One worker's sampled proxies in one iteration; see `softmax.ProxyStep`."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        optimizer: DeferredSGD | RowwiseAdagrad,
+        config: ProxyConfig,
+        *,
+        step: int,
+        spare: deque[Read],
+    ) -> None:
+        """Split the classes into chunks; if all fit in `config.memory`, keep what the backward pass needs of them.
+
+        `spare` holds buffers of earlier reads, for reuse: allocating costs more than reading into them.
+        """
+        budget = int(config.memory * 2**30)
+        bytes_per_row = optimizer.bytes_per_row + 4 * len(draw.columns_B)
+        self.keep = draw.num_sampled * bytes_per_row <= budget
+        # Processing a chunk needs a few times the memory that is kept of it.
+        rows_at_once = max(1, min(budget // 4, CHUNK_BYTES) // bytes_per_row)
+        self.chunks = split_into_chunks(draw, rows_at_once=rows_at_once)
+        self._optimizer = optimizer
+        self._temperature = config.temperature
+        self._shift = shift_of(config.temperature)
+        self._smoothing = config.label_smoothing
+        self._matmul = config.matmul_on("cpu")
+        self.step = step
+        self._spare = spare
+        self._kept: list[tuple[Read, Tensor, Tensor]] = []
+        self._num_finished = optimizer.num_finished
+
+    def discard(self) -> None:
+        """Nothing was fetched ahead."""
+
+    @property
+    def is_current(self) -> bool:
+        """The proxies were not updated since they were read."""
+        return self._optimizer.num_finished == self._num_finished
+
+    def normalise(self, embeddings_bD: Tensor) -> tuple[Tensor, Tensor]:
+        """See `softmax.ProxyStep`."""
+        embeddings_bD = embeddings_bD.float()
+        lengths_b = torch.linalg.vector_norm(embeddings_bD, dim=1).clamp_min_(1e-12)
+        return embeddings_bD / lengths_b[:, None], lengths_b
+
+    def normalise_backward(self, grad_queries_bD: Tensor, embeddings_bD: Tensor, lengths_b: Tensor) -> Tensor:
+        """See `softmax.ProxyStep`."""
+        queries_bD = embeddings_bD.float() / lengths_b[:, None]
+        along_b1 = (grad_queries_bD * queries_bD).sum(dim=1, keepdim=True)
+        return (grad_queries_bD - along_b1 * queries_bD) / lengths_b[:, None]
+
+    def forward(self, queries_BD: Tensor, *, best: bool) -> Tensor:
+        """See `softmax.ProxyStep`."""
+        with products_in(self._matmul):
+            return self._sums(queries_BD, best=best)
+
+    def backward(self, queries_BD: Tensor, sums_5B: Tensor, grad_loss: Tensor, *, lr: float) -> Tensor:
+        """See `softmax.ProxyStep`."""
+        with products_in(self._matmul):
+            return self._updates(queries_BD, sums_5B, grad_loss, lr=lr)
+
+    def _sums(self, queries_BD: Tensor, *, best: bool) -> Tensor:
+        sums_5B = queries_BD.new_zeros(5, len(queries_BD))
+        sums_5B[BEST] = -math.inf
+        for index, chunk in enumerate(self.chunks):
+            read = self._read(index)
+            logits_BS, lengths_S = self._logits(queries_BD, read[0])
+            sums_5B[NORMALISER] += self._normaliser_terms(logits_BS, chunk).sum(dim=1)
+            sums_5B[TARGET, chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
+            if self._smoothing:
+                sums_5B[TOTAL] += chunk.weighted(logits_BS.clone()).sum(dim=1)
+            sums_5B[CLASSES] += chunk.num_classes
+            if best:
+                torch.maximum(sums_5B[BEST], logits_BS.amax(dim=1), out=sums_5B[BEST])
+            if self.keep:
+                self._kept.append((read, logits_BS, lengths_S))
+            else:
+                self._release(index, read)
+        return sums_5B
+
+    def results(self, queries_BD: Tensor, sums_5B: Tensor) -> tuple[Tensor, Tensor]:
+        """See `softmax.ProxyStep`."""
+        wanted_B = sums_5B[TARGET]
+        if self._smoothing:
+            mean_B = sums_5B[TOTAL] / sums_5B[CLASSES]
+            wanted_B = (1 - self._smoothing) * wanted_B + self._smoothing * mean_B
+        losses_B = sums_5B[NORMALISER].log() + self._shift - wanted_B
+        right_B = (sums_5B[TARGET] >= sums_5B[BEST]).float()
+        finite_2B = torch.stack([queries_BD.sum(dim=1), sums_5B[NORMALISER]]).isfinite()
+        return torch.stack([losses_B, right_B]).mean(dim=1), finite_2B
+
+    def _updates(self, queries_BD: Tensor, sums_5B: Tensor, grad_loss: Tensor, *, lr: float) -> Tensor:
+        grad_image = grad_loss / len(queries_BD)
+        scaled_BD = queries_BD / self._temperature
+        grad_queries_BD = torch.zeros_like(queries_BD)
+        for index, chunk in enumerate(self.chunks):
+            if self.keep:
+                read, logits_BS, lengths_S = self._kept.pop(0)
+            else:
+                read = self._read(index)
+                logits_BS, lengths_S = self._logits(queries_BD, read[0])
+            weight_SD = read[0]
+            grad_BS = self._normaliser_terms(logits_BS, chunk)
+            grad_BS *= (grad_image / sums_5B[NORMALISER])[:, None]
+            grad_BS[chunk.target_images, chunk.target_columns] -= (1 - self._smoothing) * grad_image
+            if self._smoothing:
+                share = self._smoothing * grad_image / sums_5B[CLASSES, 0]
+                grad_BS[:, : chunk.num_positives] -= share
+                grad_BS[:, chunk.num_positives :] -= share * chunk.multiplicity
+            # Logits are divided by the proxy's length, so the loss does not depend on it: remove the component of
+            # the gradient along the proxy.
+            along_S = logits_BS.mul_(grad_BS).sum(dim=0).div_(lengths_S.square())
+            shrink_S = self._optimizer.weight_decay - along_S
+            grad_BS /= lengths_S
+            grad_queries_BD.addmm_(grad_BS, weight_SD)
+            grad_SD = (grad_BS.T @ scaled_BD).addcmul_(weight_SD, shrink_S[:, None])
+            self._optimizer.update(chunk.rows, read, grad_SD, lr=lr, step=self.step)
+            self._release(index, read)
+        self._optimizer.finish_step(sum(chunk.num_rows for chunk in self.chunks), lr=lr)
+        return grad_queries_BD.div_(self._temperature)
+
+    def _read(self, index: int) -> Read:
+        chunk = self.chunks[index]
+        out = self._spare.popleft() if self._spare else None
+        if out is not None and len(out[0]) != chunk.num_rows:
+            out = None
+        return self._optimizer.read(chunk.rows, out=out)
+
+    def _release(self, index: int, read: Read) -> None:
+        if not isinstance(self.chunks[index].rows, slice):  # a slice may be a view of the table itself
+            self._spare.append(read)
+
+    def _logits(self, queries_BD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits `[B, S]` and the lengths of the proxies `[S]`."""
+        lengths_S = torch.linalg.vector_norm(weight_SD, dim=1).clamp_min_(1e-12)
+        logits_BS = queries_BD @ weight_SD.T
+        return logits_BS.div_(lengths_S * self._temperature), lengths_S
+
+    def _normaliser_terms(self, logits_BS: Tensor, chunk: Chunk) -> Tensor:
+        """Return the terms of the normaliser `[B, S]`, multiplied by e^-shift."""
+        return chunk.weighted((logits_BS - self._shift).exp_() if self._shift > 0 else logits_BS.exp())
