@@ -4,15 +4,18 @@
     python jobs/bench/gpu_report.py
     python jobs/bench/gpu_report.py --tiny      # on CPUs, in small sizes: tries the job itself out
 
-A step of a million class proxies on the device and in host memory, the drawing of its classes included, which training
-does ahead; a ResNet-50 step beside plain PyTorch's; decoding; exact search of one shard. Each part is a process of its
-own with a time limit: one that fails or takes longer is reported so, the others go on, and the job ends with status 1.
+Steps of up to 100 million class proxies on the device and in host memory; a ResNet-50 step beside plain PyTorch's, and
+with a tenth of a million proxies that are as wide as its features, beside one without a loss; decoding; exact search of
+one shard. Each part is a process of its own with a time limit: one that fails or takes longer is reported so, the
+others go on, and the job ends with status 1.
 
 The floor is what the GPU needs at least: for a proxy step its rows read and written once, or its three products; for
-the others the products. Rates are measured first, but for bfloat16 products, which are the data sheet's peak.
+the others the products. Rates are measured first, but for a network's bfloat16 products, which are the data sheet's
+peak.
 """
 
 import dataclasses
+import gc
 import io
 import json
 import multiprocessing as mp
@@ -26,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,13 +74,45 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class ProxyCase:
+    """A step of class proxies."""
+
+    classes: int
+    num_sampled: int
+    dim: int = 512
+    batch: int = 512
+    config: ProxyConfig = field(default_factory=ProxyConfig)
+
+
+BFLOAT16 = ProxyConfig(matmul="bfloat16")
+HOST = ProxyConfig(placement="host")
+KEPT = ProxyConfig(memory=6.0)
+SMALL = ProxyConfig(dtype="bfloat16", optimizer="adagrad")
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What is measured."""
 
-    classes: int = 1_000_000
+    on_device: tuple[ProxyCase, ...] = (
+        ProxyCase(1_000_000, 100_000),
+        ProxyCase(1_000_000, 100_000, config=BFLOAT16),
+        ProxyCase(1_000_000, 10_000),
+        ProxyCase(10_000_000, 1_000_000),
+        ProxyCase(10_000_000, 1_000_000, config=KEPT),
+        ProxyCase(1_000_000, 1_000_000),
+        ProxyCase(1_000_000, 1_000_000, config=BFLOAT16),
+        ProxyCase(1_000_000, 100_000, dim=2048, batch=240),
+        ProxyCase(1_000_000, 100_000, dim=2048, batch=240, config=BFLOAT16),
+        ProxyCase(100_000_000, 100_000, config=SMALL),
+    )
+    on_host: tuple[ProxyCase, ...] = (
+        ProxyCase(1_000_000, 100_000, config=HOST),
+        ProxyCase(1_000_000, 10_000, config=HOST),
+    )
     dim: int = 512
-    num_sampled: tuple[int, ...] = (100_000, 10_000)
-    proxy_batch: int = 512
+    many_classes: int = 1_000_000
+    wide_dim: int = 2048  # of the backbone's features
     backbone: str = "resnet50"
     image_size: int = 224
     batch: int = 240
@@ -91,8 +126,10 @@ class Sizes:
 
 
 TINY = Sizes(
-    classes=2000, dim=16, num_sampled=(200, 100), proxy_batch=16, backbone="resnet18", image_size=32, batch=10,
-    train_classes=20, jpegs=4, jpeg_edge=64, vectors=500, queries=50, neighbours=20, turns=2,
+    on_device=(ProxyCase(2000, 200, 16, 16), ProxyCase(2000, 2000, 16, 16)),
+    on_host=(ProxyCase(2000, 200, 16, 16, HOST),),
+    dim=16, many_classes=200, wide_dim=512, backbone="resnet18", image_size=32, batch=10, train_classes=20, jpegs=4,
+    jpeg_edge=64, vectors=500, queries=50, neighbours=20, turns=2,
 )  # fmt: skip
 
 
@@ -103,8 +140,9 @@ class Machine:
     device: Literal["cpu", "cuda"]
     copy: float
     """Of the device's memory, read and written."""
-    float32_products: float
-    bfloat16_products: float | None
+    products: dict[str, float]
+    """By precision, measured."""
+    bfloat16_peak: float | None
     to_device: float | None
     """From pinned host memory, one way."""
 
@@ -149,42 +187,41 @@ def row(
 
 
 def proxies_on_device(machine: Machine, sizes: Sizes) -> list[Row]:
-    """Measure a step of the class proxies, kept on the device."""
-    return _proxy_steps(machine, sizes, "device", machine.copy)
+    """Measure steps of class proxies that are kept on the device."""
+    return _proxy_steps(machine, sizes.on_device, machine.copy)
 
 
 def proxies_on_host(machine: Machine, sizes: Sizes) -> list[Row]:
-    """Measure a step of the class proxies, kept in host memory."""
-    # Rows come and go at the same time.
-    return _proxy_steps(machine, sizes, "host", 2 * machine.to_device if machine.to_device else machine.copy)
+    """Measure steps of class proxies that are kept in host memory."""
+    return _proxy_steps(machine, sizes.on_host, machine.to_device or machine.copy)
 
 
-def _proxy_steps(
-    machine: Machine, sizes: Sizes, placement: Literal["device", "host"], bytes_per_second: float
-) -> list[Row]:
-    config = proxies.BenchConfig(
-        classes=(sizes.classes,),
-        dim=(sizes.dim,),
-        num_sampled=sizes.num_sampled,
-        batch=sizes.proxy_batch,
-        implementations=("ours",),
-        proxies=ProxyConfig(placement=placement),
-        turns=sizes.turns,
-    )
-    contestants = proxies.contestants_of(config)
+def _proxy_steps(machine: Machine, cases: tuple[ProxyCase, ...], bytes_per_second: float) -> list[Row]:
+    device = torch.device(machine.device)
     rows = []
-    for contestant, (times, _) in zip(
-        contestants, proxies.measure(contestants, config, torch.device(machine.device)), strict=True
-    ):
+    for case in cases:
+        gc.collect()  # the matrix of the case before
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        config = proxies.BenchConfig(batch=case.batch, proxies=case.config)
+        contestant = proxies.Contestant("ours", case.classes, case.dim, case.num_sampled, workers=1)
+        if proxies.bytes_needed(contestant, config, device) > proxies.available_memory(device):
+            print(f"left out, does not fit: {case}", file=sys.stderr)
+            continue
+        with torch.autograd.set_multithreading_enabled(False):
+            times = proxies.times_of(contestant, config, device, turns=15)
+        precision = case.config.matmul_on(device.type)
         bytes_floor, products_floor = proxies.floor_seconds(
-            contestant, config.batch, bytes_per_second, machine.float32_products
+            contestant, config, bytes_per_second, machine.products[precision]
         )
+        kind = [case.config.placement, precision]
+        kind += ["bfloat16 rows", "Adagrad"] * (case.config == SMALL) + ["all kept"] * (case.config == KEPT)
         rows.append(
             row(
-                f"proxy step, {contestant.num_sampled:,} of {contestant.num_classes:,} x {contestant.dim}, {placement}",
+                f"proxy step, {case.num_sampled:,} of {case.classes:,} x {case.dim}, {', '.join(kind)}",
                 [ms / 1000 for ms in times],
                 on=machine.device,
-                count=config.batch,
+                count=case.batch,
                 unit="images",
                 bytes_floor=bytes_floor,
                 products_floor=products_floor,
@@ -211,9 +248,12 @@ def steps(machine: Machine, sizes: Sizes) -> list[Row]:
     labels = torch.from_numpy(labels_B).to(work.device)
     builders = gpu_steps.plain_builders(work, images, labels) | gpu_steps.our_builders(work, images, labels_B)
     names = ("plain bf16 nhwc", "ours bf16 nhwc", "ours float32 nhwc")
-    seconds = gpu_steps.step_seconds({name: builders[name]() for name in names}, sizes.turns, work.device)
+    contestants = {name: builders[name]() for name in names}
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, dim=sizes.wide_dim))
+    contestants |= gpu_steps.with_many_classes(Work(wide, plan, split), images, sizes.many_classes)
+    seconds = gpu_steps.step_seconds(contestants, sizes.turns, work.device)
     flops = gpu_steps.step_flops(work, images, labels)
-    peak = machine.bfloat16_products
+    peak = machine.bfloat16_peak
     return [
         row(
             f"{sizes.backbone} step, batch {sizes.batch}, {name}",
@@ -276,16 +316,16 @@ def searching(machine: Machine, sizes: Sizes) -> list[Row]:
             on=machine.device if on_gpu else "cpu: this faiss sees no GPU",
             count=sizes.queries,
             unit="queries",
-            products_floor=products / machine.float32_products if on_gpu or machine.device == "cpu" else None,
+            products_floor=products / machine.products["float32"] if on_gpu or machine.device == "cpu" else None,
         )
     ]
 
 
 # Seconds that each part may take. With the tests' two minutes and the start they come to six minutes.
 PARTS: dict[PartName, tuple[Part, int]] = {
-    "proxies_on_device": (proxies_on_device, 40),
-    "proxies_on_host": (proxies_on_host, 60),
-    "steps": (steps, 55),
+    "proxies_on_device": (proxies_on_device, 70),
+    "proxies_on_host": (proxies_on_host, 40),
+    "steps": (steps, 60),
     "decoding": (decoding, 25),
     "searching": (searching, 45),
 }
@@ -355,7 +395,9 @@ def outcome_of_tests(junit: str) -> dict[str, Any]:
 
 def machine_of(device: torch.device) -> Machine:
     """Measure the rates of a device."""
-    copy, products = proxies.machine_rates(device)
+    precisions = ("float32",) if device.type == "cpu" else ("float32", "tf32", "bfloat16")
+    rates = {precision: proxies.machine_rates(device, precision) for precision in precisions}
+    copy, products = rates["float32"][0], {precision: rate for precision, (_, rate) in rates.items()}
     if device.type == "cpu":
         return Machine("cpu", copy, products, None, None)
     pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)

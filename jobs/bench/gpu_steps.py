@@ -129,6 +129,18 @@ def step_without_loss(work: Work, images: Tensor) -> Step:
     return run
 
 
+def with_many_classes(work: Work, images: Tensor, num_classes: int) -> dict[str, Step]:
+    """Return our bfloat16 step with many classes, a tenth of them sampled, and the model's step alone."""
+    proxies = ProxyConfig(sample_rate=0.1, temperature=work.config.proxies.temperature)
+    many = dataclasses.replace(work.config, precision="bfloat16", proxies=proxies)
+    many_classes = our_step(
+        work.training_step(many, num_classes),
+        images,
+        lambda step: np.random.default_rng(step).integers(0, num_classes, len(images)),
+    )
+    return {"ours many classes": many_classes, "without loss": step_without_loss(work, images)}
+
+
 def step_flops(work: Work, images: Tensor, labels: Tensor) -> int:
     """Return the floating-point operations of forward and backward."""
     classifier = Classifier(work.config, work.split.num_classes).to(work.device).train()
@@ -143,14 +155,7 @@ def time_steps(work: Work, turns: int, proxy_classes: int) -> tuple[dict[str, fl
     labels = torch.from_numpy(labels_B).to(work.device)
     builders = plain_builders(work, images, labels) | our_builders(work, images, labels_B)
     contestants = {name: build() for name, build in builders.items()}
-    proxies = ProxyConfig(sample_rate=0.1, temperature=work.config.proxies.temperature)
-    many = dataclasses.replace(work.config, precision="bfloat16", proxies=proxies)
-    contestants["ours many classes"] = our_step(
-        work.training_step(many, proxy_classes),
-        images,
-        lambda step: np.random.default_rng(step).integers(0, proxy_classes, len(images)),
-    )
-    contestants["without loss"] = step_without_loss(work, images)
+    contestants |= with_many_classes(work, images, proxy_classes)
     seconds = step_seconds(contestants, turns, work.device)
     return {name: statistics.median(each) for name, each in seconds.items()}, step_flops(work, images, labels)
 

@@ -18,23 +18,29 @@ def bench(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_bench_proxies() -> None:
+def test_bench_proxies(tmp_path: Path) -> None:
     grid = ["--classes", "3000", "--dim", "32", "--num-sampled", "200", "--batch", "16", "--workers", "1", "2"]
-    result = bench("proxies", *grid, "--turns", "1", "--json")
+    report = tmp_path / "report.md"
+    result = bench("proxies", *grid, "--turns", "1", "--json", f"--report={report}")
     assert result.returncode == 0, result.stderr
+    title, _, header, _, *rows = report.read_text().splitlines()
+    assert title.startswith("# 6 contestants on ")
+    assert {line.count("|") for line in (header, *rows)} == {12}
+    assert [row.split()[1] for row in rows] == ["ours", "gather_fp32", "dense", "pml", "ours", "gather_fp32"]
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(line["implementation"], line["workers"], line["num_sampled"]) for line in lines] == [
         ("ours", 1, 200),
-        ("autograd_gather", 1, 200),
+        ("gather_fp32", 1, 200),
         ("dense", 1, 3000),
         ("pml", 1, 3000),
         ("ours", 2, 200),
-        ("autograd_gather", 2, 200),
+        ("gather_fp32", 2, 200),
     ]
     for line in lines:
         assert (line["num_classes"], line["dim"]) == (3000, 32)
         assert line["step_ms"] >= line["step_ms_min"] > 0
-        assert line["floor_ms"] > 0
+        assert line["bytes_floor_ms"] > 0
+        assert line["products_floor_ms"] > 0
         assert isinstance(line["peak_extra_mb"], float)
         assert line["device"] in ("cpu", "cuda")
 
@@ -43,6 +49,8 @@ def test_bad_grids_are_refused() -> None:
     result = bench("proxies", "--batch", "15", "--workers", "2")
     assert result.returncode == 2
     assert "--batch 15 is not divisible by 2 workers" in result.stderr
+    result = bench("proxies", "--implementations", "ours", "liger", "--device", "cpu")
+    assert (result.returncode, result.stderr) == (2, "error: --implementations liger needs a GPU\n")
     result = bench("train", "--steps", "5", "--warm-up", "5")
     assert result.returncode == 2
     assert "--warm-up 5 leaves nothing of --steps 5" in result.stderr

@@ -19,6 +19,7 @@ from gpu_report import (
     decoding,
     measure,
     outcome_of_tests,
+    proxies_on_device,
     proxies_on_host,
     row,
     searching,
@@ -27,7 +28,7 @@ from gpu_report import (
 )
 
 ROOT = Path(__file__).parents[2]
-MACHINE = Machine("cpu", copy=1e9, float32_products=1e9, bfloat16_products=None, to_device=None)
+MACHINE = Machine("cpu", copy=1e9, products={"float32": 1e9}, bfloat16_peak=None, to_device=None)
 TESTS = """
 import pytest
 def test_good(): pass
@@ -124,8 +125,24 @@ def test_a_part_that_fails_is_reported() -> None:
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        (proxies_on_host, ["proxy step, 200 of 2,000 x 16, host", "proxy step, 100 of 2,000 x 16, host"]),
-        (steps, [f"resnet18 step, batch 10, {each} nhwc" for each in ("plain bf16", "ours bf16", "ours float32")]),
+        (
+            proxies_on_device,
+            [f"proxy step, {sampled} of 2,000 x 16, device, float32" for sampled in ("200", "2,000")],
+        ),
+        (proxies_on_host, ["proxy step, 200 of 2,000 x 16, host, float32"]),
+        (
+            steps,
+            [
+                f"resnet18 step, batch 10, {each}"
+                for each in (
+                    "plain bf16 nhwc",
+                    "ours bf16 nhwc",
+                    "ours float32 nhwc",
+                    "ours many classes",
+                    "without loss",
+                )
+            ],
+        ),
         (decoding, ["decode, one core, 4 JPEGs of 64 px"]),
         (searching, ["search, 20 nearest of 500 x 16"]),
     ],
