@@ -46,12 +46,11 @@ class ProxyMatrix:
         seed: int = 0,
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
-        kernels: bool | None = None,
+        kernels: bool = False,
     ) -> None:
         """Draw the proxies from U(-1/sqrt(D), 1/sqrt(D)) (paper, section 4.1), independent of the number of workers.
 
-        `kernels` selects Triton kernels instead of PyTorch's operations; None: on GPUs. On CPUs, Triton can interpret
-        them, for tests.
+        GPUs use Triton kernels; with `kernels`, so does a CPU, for tests by Triton's interpreter.
 
         Raises:
             ValueError: the matrix does not fit in the configured placement, or the temperature is too low for float32.
@@ -79,10 +78,10 @@ class ProxyMatrix:
         self.optimizer: DeferredSGD | RowwiseAdagrad | None = None
         self._unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self._spare: deque[tuple[Tensor, Tensor]] = deque()
-        self._kernels = self.weight.device.type == "cuda" if kernels is None else kernels
+        self._kernels = kernels or self.weight.device.type == "cuda"
         self._transfer: RowTransfer | None = None
         self._recorder: Recorder | None = None
-        self._prefetched: TorchStep | TritonStep | None = None
+        self._prefetched: tuple[NDArray[np.int64], TorchStep | TritonStep] | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -119,7 +118,8 @@ class ProxyMatrix:
         Does nothing on a CPU.
         """
         if self._kernels:
-            self._prefetched = self._sample(labels_B, step=step)
+            self._discard_prefetched()
+            self._prefetched = labels_B, self._sample(labels_B, step=step)
 
     def loss(
         self,
@@ -154,9 +154,15 @@ class ProxyMatrix:
                 f"{len(labels_B)} labels in step {step}, expected those of the global batch: {world_size} workers x "
                 f"{len(embeddings_bD)} images = {world_size * len(embeddings_bD)}"
             )
-        sampled = self._prefetched or self._sample(labels_B, step=step)
-        self._prefetched = None
-        assert sampled.step == step, f"prefetched for step {sampled.step}, not {step}"
+        if self._prefetched is None:
+            sampled = self._sample(labels_B, step=step)
+        else:
+            (prefetched_B, sampled), self._prefetched = self._prefetched, None
+            if sampled.step != step or not np.array_equal(prefetched_B, labels_B):
+                raise ValueError(
+                    f"step {step} is not what was prefetched, step {sampled.step}, or has other labels; prefetch the "
+                    "batch that comes next"
+                )
         if not embeddings_bD.requires_grad:  # backward must still run to train the proxies
             embeddings_bD = embeddings_bD.detach().requires_grad_(torch.is_grad_enabled())
         loss, finite_2B = normalized_softmax_loss(embeddings_bD, sampled, lr=lr, group=self.group, accuracy=accuracy)
@@ -210,11 +216,14 @@ class ProxyMatrix:
 
     def _drop_prefetched(self) -> None:
         """Let go of rows that may be about to change, and wait until all changes have landed."""
-        if self._prefetched is not None:
-            self._prefetched.discard()
-            self._prefetched = None
+        self._discard_prefetched()
         if self._transfer is not None:
             self._transfer.finish()
+
+    def _discard_prefetched(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched[1].discard()
+            self._prefetched = None
 
     def _sample(self, labels_B: NDArray[np.int64], *, step: int) -> "TorchStep | TritonStep":
         assert self.optimizer is not None, "call start_optimizer first"
@@ -235,9 +244,9 @@ class ProxyMatrix:
             return TorchStep(draw, self.optimizer, self.config, step=step, spare=self._spare)
         from nsl_dist.proxies.triton_step import TritonStep
 
-        return TritonStep(
-            draw, self.optimizer, self.config, step=step, transfer=self._transfer, recorder=self._recorder
-        )
+        # A batch with more classes than are to be sampled is an exception, and its size varies.
+        recorder = self._recorder if draw.num_sampled == self.num_sampled else None
+        return TritonStep(draw, self.optimizer, self.config, step=step, transfer=self._transfer, recorder=recorder)
 
     def _check_finite(self) -> None:
         if self._unchecked is None:

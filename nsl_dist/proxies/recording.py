@@ -1,5 +1,7 @@
 """CUDA graphs of the proxies' step; letters as in `softmax`."""
 
+import functools
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,12 +14,18 @@ if TYPE_CHECKING:
     from nsl_dist.proxies.triton_step import Chunk, TritonStep
 
 
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """Return the stream that all recordings are made on: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream()
+
+
 class Recording:
     """A step recorded as CUDA graphs, which are replayed with other classes, embeddings and learning rates.
 
     Launching kernels one by one takes longer than they do, unless there are tens of thousands of classes. There is a
-    graph for what happens between two collectives. What the methods return is overwritten by the next step, but
-    for losses and gradients.
+    graph for what happens between two collectives. What the methods return is overwritten by the next step, but for the
+    loss and the gradient of the embeddings.
     """
 
     def __init__(self, step: "TritonStep", embeddings_bD: Tensor) -> None:
@@ -27,13 +35,14 @@ class Recording:
         self.free = torch.cuda.Event()
         """The tensors may be overwritten."""
         self.tensors: tuple[Tensor, Tensor, list[Chunk]] = (step.sampling, step.rows_S, step.chunks)
+        self._history = step.history()  # held, so that no other tensor gets the address
         for chunk in step.chunks:
             step.read(chunk)
         device, batch = embeddings_bD.device, step.batch
         self._has_transfer = step.has_transfer
         alone = len(embeddings_bD) == batch  # no other worker
         torch.cuda.empty_cache()  # graphs cannot use what the step before has left
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._update = torch.zeros(kernels.UPDATE_WORDS.value, dtype=torch.int64, device=device)
         self._grad_loss = torch.ones((), device=device)
@@ -113,18 +122,25 @@ class Recording:
 
     def _record(self, *parts: Callable[[], None]) -> None:
         """Record parts as one graph, to be replayed by the name of the first."""
-        # torch.cuda.graph would also collect garbage, which takes long in the middle of a training.
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            # Other threads, such as those that load data, may use CUDA meanwhile.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                for part in parts:
-                    part()
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
+        # torch.cuda.graph would collect garbage first, which takes long in the middle of a training; but none may be
+        # collected meanwhile, since it could be another graph.
+        graph, current, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), _stream()
+        stream.wait_stream(current)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads, such as those that load data, may use CUDA meanwhile.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    for part in parts:
+                        part()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        current.wait_stream(stream)
         self._graphs[parts[0].__name__] = graph
 
     def _replay(self, part: str) -> None:

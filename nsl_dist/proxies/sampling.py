@@ -18,7 +18,7 @@ def draw_distinct(
 
     The i-th is where a random permutation takes i, so that a GPU draws each one on its own. The permutation is a
     Feistel network over the next power of two, applied until the result is below `num_values` (Black & Rogaway,
-    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002): fewer than two times on average.
+    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002): 2^bits / num_values times on average.
 
     Args:
         size: at most `num_values`.

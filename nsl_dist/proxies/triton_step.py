@@ -1,7 +1,7 @@
 """The proxies' step by Triton kernels, for GPUs; letters as in `softmax`.
 
 Classes with an image in the batch come first, so that columns of targets, and classes that stand for others, are known
-without a search. Nothing waits for the device, and no tensor has the size of the partition.
+without a search. Nothing waits for the device, but for placement disk.
 """
 
 import math
@@ -118,8 +118,8 @@ class TritonStep:
         sizes = (self.batch, self._draw.num_sampled)
         if isinstance(self._optimizer, RowwiseAdagrad):
             return sizes
-        missed = self._optimizer.missed  # whose tensors are replaced when they are full
-        return (*sizes, self._catches_up, missed.within.data_ptr(), missed.after.data_ptr())
+        # Tensors that are replaced when they are full, or by another start of the optimiser.
+        return (*sizes, self._catches_up, *(tensor.data_ptr() for tensor in self.history()[:3]))
 
     def discard(self) -> None:
         """Give back what was fetched, instead of using it."""
@@ -162,7 +162,7 @@ class TritonStep:
             grad_queries_BD = self._recording.backward(update, grad_loss)
         else:
             update = update.to(self._device, non_blocking=True)
-            grad_queries_BD = self.update_proxies(queries_BD, sums_5B, grad_loss, update)
+            grad_queries_BD = self.update_proxies(queries_BD, sums_5B, _aligned(grad_loss), update)
         for chunk in self.chunks:
             self._store(chunk)
         if self._recorder is not None:
@@ -172,7 +172,7 @@ class TritonStep:
 
     def compute_queries(self, embeddings_bD: Tensor) -> tuple[Tensor, Tensor]:
         """See `normalise`."""
-        embeddings_bD = embeddings_bD.contiguous()
+        embeddings_bD = _aligned(embeddings_bD.float().contiguous())
         queries_bD = torch.empty_like(embeddings_bD, dtype=self.dtype)
         lengths_b = torch.empty(len(queries_bD), device=self._device)
         kernels.normalise_kernel[(len(queries_bD),)](
@@ -184,7 +184,7 @@ class TritonStep:
         """See `normalise_backward`."""
         grad_bD = torch.empty_like(grad_queries_bD)
         kernels.normalise_backward_kernel[(len(grad_bD),)](
-            grad_queries_bD, embeddings_bD.contiguous(), lengths_b, grad_bD, self._scale, self.dim,
+            grad_queries_bD, _aligned(embeddings_bD.float().contiguous()), lengths_b, grad_bD, self._scale, self.dim,
             DP=self._size["DP"],
         )  # fmt: skip
         return grad_bD
@@ -283,7 +283,7 @@ class TritonStep:
         unit_SD = torch.empty(padded, self.dim, dtype=self.dtype, device=self._device)
         lengths_S = torch.empty(padded, device=self._device)
         kernels.gather_kernel[(cdiv(padded, self._size["RB"]),)](
-            *self._tables(chunk), chunk.rows_S, *self._history(), unit_SD, lengths_S, num_rows, padded, self.dim,
+            *self._tables(chunk), chunk.rows_S, *self.history(), unit_SD, lengths_S, num_rows, padded, self.dim,
             **self._options(chunk), **self._size,
         )  # fmt: skip
         return self._product(queries_BD, unit_SD.T), unit_SD, lengths_S
@@ -295,7 +295,7 @@ class TritonStep:
         weight, velocity = self._tables(chunk)
         if isinstance(self._optimizer, DeferredSGD):
             kernels.update_sgd_kernel[grid](
-                weight, velocity, chunk.rows_S, *self._history(), *rest, **self._options(chunk), **self._size
+                weight, velocity, chunk.rows_S, *self.history(), *rest, **self._options(chunk), **self._size
             )
         else:
             kernels.update_adagrad_kernel[grid](
@@ -308,7 +308,7 @@ class TritonStep:
         tables = stored if chunk.staged is None else chunk.staged.tables
         return tables[0], tables[-1]
 
-    def _history(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    def history(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Return the last steps of all rows and the maps since each step; for Adagrad, which has none, anything."""
         if isinstance(self._optimizer, DeferredSGD):
             missed = self._optimizer.missed
@@ -375,6 +375,11 @@ class TritonStep:
         keys = [stream_key(seed, 4 * self.step + 1), stream_key(seed, 4 * self.step + 2)]
         floats = np.array([lr, momentum, optimizer.weight_decay])
         return np.concatenate([np.array([step, *keys]), floats.view(np.int64)])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor whose address is one that kernels are compiled for, like those of a recording."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _words_of(draw: Draw) -> NDArray[np.int64]:

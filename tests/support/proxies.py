@@ -25,7 +25,7 @@ def matrix_of(
     momentum: float = 0.9,
     decay: float = 0.0,
     device: torch.device | str = "cpu",
-    kernels: bool | None = None,
+    kernels: bool = False,
     **options: Any,
 ) -> ProxyMatrix:
     config = ProxyConfig(**{"matmul": "float32"} | options)
@@ -54,7 +54,7 @@ def train_proxies(
     return {name: table.cpu().clone() for name, table in state.items()}
 
 
-def check_loss_and_gradients(*, temperature: float, device: torch.device, kernels: bool | None = None) -> None:
+def check_loss_and_gradients(*, temperature: float, device: torch.device, kernels: bool = False) -> None:
     """Loss and gradients equal those of torch's dense cross-entropy in float64."""
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(12, 16, generator=generator, dtype=torch.float64)
@@ -147,7 +147,7 @@ def check_draws(device: torch.device) -> None:
 
 
 def check_chunks(
-    options: dict[str, Any], *, device: torch.device, monkeypatch: pytest.MonkeyPatch, kernels: bool | None = None
+    options: dict[str, Any], *, device: torch.device, monkeypatch: pytest.MonkeyPatch, kernels: bool = False
 ) -> None:
     """The same results in one chunk, in many kept ones, and in many that are computed twice for lack of memory."""
     results = []
@@ -159,7 +159,7 @@ def check_chunks(
             embeddings = torch.from_numpy(rng.normal(size=(12, 8))).float().to(device).requires_grad_()
             labels = rng.integers(0, 100, 12)
             matrix.prefetch(labels, step=step)
-            sampled = matrix._prefetched or matrix._sample(labels, step=step)
+            sampled = matrix._prefetched[1] if matrix._prefetched else matrix._sample(labels, step=step)
             assert sampled.keep == (memory == 1.0)
             if isinstance(sampled, torch_step.TorchStep) or memory < 1:
                 assert (len(sampled.chunks) > 1) == (chunk_bytes == 1000)
@@ -187,7 +187,7 @@ def check_embeddings_that_are_not_finite(value: float, *, device: torch.device) 
 
 
 def check_placements(
-    optimizer: str, dtype: str, *, device: torch.device, directory: Path, kernels: bool | None = None
+    optimizer: str, dtype: str, *, device: torch.device, directory: Path, kernels: bool = False
 ) -> None:
     """Proxies in host memory and on disk move as those on the device, to the last bit."""
     options: dict[str, Any] = {

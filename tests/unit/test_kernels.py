@@ -86,6 +86,36 @@ def test_chunks_of_kernels_change_nothing(options: dict[str, Any], monkeypatch: 
     check_chunks(options, device=CPU, monkeypatch=monkeypatch, kernels=True)
 
 
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_only_what_was_prefetched_comes_next(placement: str) -> None:
+    matrix = matrix_of(100, 8, kernels=True, num_sampled=20, placement=placement)
+    labels = np.arange(12)
+    for step, other in ((1, labels), (0, labels[::-1])):
+        for _ in range(2):  # the second takes the place of the first
+            matrix.prefetch(labels, step=0)
+        with pytest.raises(ValueError, match=f"step {step} is not what was prefetched, step 0, or has other labels"):
+            matrix.loss(torch.randn(12, 8), other, step=step, lr=0.1)
+    matrix.prefetch(labels, step=0)
+    torch.autograd.backward(matrix.loss(torch.randn(12, 8), labels, step=0, lr=0.1))
+
+
+def test_embeddings_of_any_type_and_layout() -> None:
+    """In bfloat16, transposed, and at an odd address."""
+    values = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    odd = torch.empty(97)[1:].view(12, 8).copy_(values)
+    expected = None
+    for embeddings in (values.float(), values, values.float().T.contiguous().T, odd):
+        matrix = matrix_of(100, 8, kernels=True, num_sampled=20)
+        leaf = embeddings.detach().requires_grad_()
+        loss = matrix.loss(leaf, np.arange(12), step=0, lr=0.1)
+        torch.autograd.backward(loss)
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+        expected = expected or (loss.detach(), leaf.grad)
+        assert torch.equal(loss.detach(), expected[0])
+        torch.testing.assert_close(leaf.grad.float(), expected[1], rtol=2**-8, atol=0)
+
+
 def test_rows_are_those_that_a_cpu_draws() -> None:
     check_draws(CPU)
 
