@@ -1,6 +1,8 @@
 """Precision and number of threads of a device."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +19,21 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         raise ValueError(f"{torch.cuda.get_device_name(device)} does not support bfloat16; set --precision float32")
     wanted = precision == "bfloat16" or (precision == "auto" and supported)
     return torch.bfloat16 if wanted else None
+
+
+@contextmanager
+def products_in(matmul: str, device: torch.device) -> Iterator[None]:
+    """Round the inputs of products of float32 matrices to `matmul`, where the device can; sums stay float32.
+
+    That is cuBLAS on GPUs, which knows float32 and tf32, and oneDNN on CPUs, which also knows bfloat16.
+    """
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    backend.fp32_precision = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bf16"}[matmul]
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def use_cpu_threads(num_processes: int) -> None:

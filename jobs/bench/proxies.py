@@ -28,10 +28,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -101,6 +101,7 @@ class Ours:
     def __init__(self, contestant: Contestant, rank: int, device: torch.device, config: ProxyConfig) -> None:
         group = dist.group.WORLD if contestant.workers > 1 else None
         partition = Partition(contestant.num_classes, rank, contestant.workers)
+        config = replace(config, num_sampled=contestant.num_sampled)
         self.matrix = ProxyMatrix(partition, contestant.dim, config, device=device, group=group)
         self.matrix.start_optimizer(momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, step=0)
         self.num_steps = 0
@@ -311,17 +312,16 @@ def compete(
     if contestant.workers > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         dist.init_process_group("gloo", rank=rank, world_size=contestant.workers)
-    proxies = ProxyConfig(**asdict(config.proxies) | {"num_sampled": contestant.num_sampled})
 
     # Run a small one first, so that memory allocated once by libraries is not counted.
     small = Contestant(contestant.implementation, 4096, contestant.dim, 1024, contestant.workers)
-    warm = build(small, rank, device, proxies)
+    warm = build(small, rank, device, config.proxies)
     for batch in itertools.islice(batches(small, config.batch, rank, device), 2):
         warm.step(*batch)
     del warm
     ctypes.CDLL(None).malloc_trim(0)  # otherwise leftovers would hide new allocations
     before = anonymous_memory()
-    built = build(contestant, rank, device, proxies)
+    built = build(contestant, rank, device, config.proxies)
     source = batches(contestant, config.batch, rank, device)
     for batch in itertools.islice(source, 4):  # on GPUs, the first compile kernels and record them
         built.step(*batch)
@@ -336,8 +336,7 @@ def compete(
 
 def times_of(contestant: Contestant, config: BenchConfig, device: torch.device, *, turns: int) -> list[float]:
     """Return the milliseconds of `turns` steps of a contestant with one worker, in this process."""
-    proxies = ProxyConfig(**asdict(config.proxies) | {"num_sampled": contestant.num_sampled})
-    built = build(contestant, 0, device, proxies)
+    built = build(contestant, 0, device, config.proxies)
     source = batches(contestant, config.batch, 0, device)
     return [timed_step(built, next(source), device) for _ in range(5 + turns)][5:]
 
@@ -433,8 +432,7 @@ def implementations_for(config: BenchConfig, device: torch.device) -> list[Imple
 
     """
     if config.implementations is None:
-        every: tuple[Implementation, ...] = ("ours", "gather_fp32", "gather_tf32", "dense", "pml", "cce", "liger")
-        return [each for each in every if _obstacle(each, device) is None]
+        return [each for each in get_args(Implementation) if _obstacle(each, device) is None]
     for each in config.implementations:
         if obstacle := _obstacle(each, device):
             raise ValueError(f"--implementations {each} {obstacle}")

@@ -7,12 +7,15 @@ Any worker can draw any row on any device and gets the same bits. The generator 
 import torch
 from torch import Tensor
 
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # PyTorch's 64-bit integers are signed but wrap like unsigned ones
+# PyTorch's 64-bit integers are signed but wrap like unsigned ones.
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+SHIFTS = (30, 27)
 
 
 def _mix(state: Tensor) -> Tensor:
     """Scramble 64-bit integers in place: the output function of SplitMix64."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+    for shift, factor in zip(SHIFTS, FACTORS, strict=True):
         state ^= (state >> shift) & (2 ** (64 - shift) - 1)
         state *= factor
     state ^= (state >> 31) & (2**33 - 1)
@@ -22,7 +25,7 @@ def _mix(state: Tensor) -> Tensor:
 def _mix_integer(state: int) -> int:
     """Scramble an unsigned 64-bit integer in the same way."""
     state &= 2**64 - 1
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in zip(SHIFTS, FACTORS, strict=True):
         state = (state ^ (state >> shift)) * factor & 2**64 - 1
     return state ^ (state >> 31)
 
@@ -31,20 +34,20 @@ def random_integers(size: int, *counters: int) -> list[int]:
     """Return 32-bit integers that depend on all counters."""
     state = 0
     for counter in counters:
-        state = _mix_integer(state + counter + _GAMMA)
-    return [_mix_integer(state + number * _GAMMA) >> 32 for number in range(1, size + 1)]
+        state = _mix_integer(state + counter + GAMMA)
+    return [_mix_integer(state + number * GAMMA) >> 32 for number in range(1, size + 1)]
 
 
 def stream_key(seed: int, stream: int) -> int:
     """Return the key of a stream, which is mixed with the row, as a signed 64-bit integer."""
-    key = _mix_integer(_mix_integer(seed) + stream * (_GAMMA & 0xFFFFFFFF))
+    key = _mix_integer(_mix_integer(seed) + stream * (GAMMA & 0xFFFFFFFF))
     return key - (key >> 63 << 64)
 
 
 def random_bits(rows_S: Tensor, num_words: int, *, seed: int, stream: int) -> Tensor:
     """Return random 64-bit words, int64 `[S, num_words]`, for rows given as int64 `[S]`."""
-    keys_S = _mix(rows_S * _GAMMA + stream_key(seed, stream))
-    return _mix(keys_S[:, None] + torch.arange(1, num_words + 1, device=rows_S.device) * _GAMMA)
+    keys_S = _mix(rows_S * GAMMA + stream_key(seed, stream))
+    return _mix(keys_S[:, None] + torch.arange(1, num_words + 1, device=rows_S.device) * GAMMA)
 
 
 def uniform_rows(rows_S: Tensor, dim: int, *, bound: float, seed: int) -> Tensor:

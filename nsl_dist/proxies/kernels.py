@@ -14,15 +14,19 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, jit, next_power_of_2
 
+from nsl_dist.proxies import counter_random, softmax
+from nsl_dist.proxies.optimizer import RowwiseAdagrad
+from nsl_dist.proxies.sampling import NUM_ROUNDS
+
 # Products and sums may be fused. That is the default, but Triton 3.9 warns that another release will change it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-# Words of the tensor `sampling`: six keys first, then the columns of the B images and the rows of the positives.
-NUM_KEYS = tl.constexpr(6)
-SAMPLING_POSITIVES = tl.constexpr(6)
-SAMPLING_OTHERS = tl.constexpr(7)
-SAMPLING_MULTIPLICITY = tl.constexpr(8)  # the bits of a float64
-SAMPLING_WORDS = tl.constexpr(9)
+# Words of the tensor `sampling`: the keys first; after these, the columns of the B images, the rows of the positives.
+NUM_KEYS = tl.constexpr(NUM_ROUNDS)
+SAMPLING_POSITIVES = tl.constexpr(NUM_ROUNDS)
+SAMPLING_OTHERS = tl.constexpr(NUM_ROUNDS + 1)
+SAMPLING_MULTIPLICITY = tl.constexpr(NUM_ROUNDS + 2)  # the bits of a float64
+SAMPLING_WORDS = tl.constexpr(NUM_ROUNDS + 3)
 
 # Words of the tensor `update`; all but the first three are bits of a float64.
 UPDATE_STEP = tl.constexpr(0)
@@ -33,17 +37,12 @@ UPDATE_MOMENTUM = tl.constexpr(4)
 UPDATE_DECAY = tl.constexpr(5)
 UPDATE_WORDS = tl.constexpr(6)
 
-# Rows of the tensor `sums`.
-NORMALISER = tl.constexpr(0)
-TARGET = tl.constexpr(1)
-TOTAL = tl.constexpr(2)
-CLASSES = tl.constexpr(3)
-BEST = tl.constexpr(4)
-
-# See counter_random.
-GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-FACTOR_1 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
-FACTOR_2 = tl.constexpr(0x94D049BB133111EB - 2**64)
+# What kernels use must be of this type.
+NORMALISER, TARGET, TOTAL = map(tl.constexpr, (softmax.NORMALISER, softmax.TARGET, softmax.TOTAL))
+CLASSES, BEST = map(tl.constexpr, (softmax.CLASSES, softmax.BEST))
+GAMMA = tl.constexpr(counter_random.GAMMA)
+FACTOR_1, FACTOR_2 = map(tl.constexpr, counter_random.FACTORS)
+EPSILON = tl.constexpr(RowwiseAdagrad.EPSILON)
 
 
 @jit
@@ -362,7 +361,7 @@ def update_adagrad_kernel(
     sum_of_squares = tl.load(accumulator + r, mask=ok, other=0.0) + tl.sum(grad_w * grad_w, axis=1) / D
     tl.store(accumulator + r, sum_of_squares, mask=ok)
     lr = _float_at(update, UPDATE_LR).to(tl.float32)
-    w -= lr * grad_w / (tl.sqrt(sum_of_squares) + 1e-10)[:, None]
+    w -= lr * grad_w / (tl.sqrt(sum_of_squares) + EPSILON)[:, None]
     _write(weight, at, w, mask, r, first_class, tl.load(update + UPDATE_WEIGHT_KEY), DP, RB)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsl_dist.config import ProxyConfig
 from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
 from nsl_dist.proxies.partition import Partition
-from nsl_dist.proxies.sampling import draw_classes
+from nsl_dist.proxies.sampling import Draw, draw_classes
 from nsl_dist.proxies.softmax import LOWEST_TEMPERATURE, normalized_softmax_loss
 from nsl_dist.proxies.table import Table
 from nsl_dist.proxies.torch_step import TorchStep
@@ -81,7 +81,7 @@ class ProxyMatrix:
         self._kernels = kernels or self.weight.device.type == "cuda"
         self._transfer: RowTransfer | None = None
         self._recorder: Recorder | None = None
-        self._prefetched: tuple[NDArray[np.int64], TorchStep | TritonStep] | None = None
+        self._prefetched: tuple[NDArray[np.int64], TritonStep] | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -119,7 +119,7 @@ class ProxyMatrix:
         """
         if self._kernels:
             self._discard_prefetched()
-            self._prefetched = labels_B, self._sample(labels_B, step=step)
+            self._prefetched = labels_B, self._launch(labels_B, step=step)
 
     def loss(
         self,
@@ -227,26 +227,34 @@ class ProxyMatrix:
 
     def _sample(self, labels_B: NDArray[np.int64], *, step: int) -> "TorchStep | TritonStep":
         assert self.optimizer is not None, "call start_optimizer first"
+        if self._kernels:
+            return self._launch(labels_B, step=step)
+        draw = self._draw(labels_B, step=step)
+        return TorchStep(draw, self.optimizer, self.config, step=step, spare=self._spare)
+
+    def _launch(self, labels_B: NDArray[np.int64], *, step: int) -> "TritonStep":
+        from nsl_dist.proxies.triton_step import TritonStep
+
+        assert self.optimizer is not None, "call start_optimizer first"
+        draw = self._draw(labels_B, step=step)
+        # A batch with more classes than are to be sampled is an exception, and its size varies.
+        recorder = self._recorder if draw.num_sampled == self.num_sampled else None
+        return TritonStep(draw, self.optimizer, self.config, step=step, transfer=self._transfer, recorder=recorder)
+
+    def _draw(self, labels_B: NDArray[np.int64], *, step: int) -> Draw:
         partition = self.partition
         if labels_B.min() < 0 or labels_B.max() >= partition.num_classes:
             raise ValueError(
                 f"labels span {labels_B.min()} to {labels_B.max()} in step {step}, but there are "
                 f"{partition.num_classes} classes; the plan and the shards belong to different data sets"
             )
-        draw = draw_classes(
+        return draw_classes(
             labels_B,
             partition,
             num_sampled=self.num_sampled,
             correct=self.config.correct_sampling,
             seed=(self.seed, step, partition.rank),
         )
-        if not self._kernels:
-            return TorchStep(draw, self.optimizer, self.config, step=step, spare=self._spare)
-        from nsl_dist.proxies.triton_step import TritonStep
-
-        # A batch with more classes than are to be sampled is an exception, and its size varies.
-        recorder = self._recorder if draw.num_sampled == self.num_sampled else None
-        return TritonStep(draw, self.optimizer, self.config, step=step, transfer=self._transfer, recorder=recorder)
 
     def _check_finite(self) -> None:
         if self._unchecked is None:

@@ -2,8 +2,6 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsl_dist.config import ProxyConfig
+from nsl_dist.device import products_in
 from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
 from nsl_dist.proxies.sampling import Draw
 from nsl_dist.proxies.softmax import BEST, CLASSES, NORMALISER, TARGET, TOTAL, shift_of
@@ -67,18 +66,6 @@ def split_into_chunks(draw: Draw, *, rows_at_once: int) -> list[Chunk]:
     return chunks
 
 
-@contextmanager
-def products_in(matmul: str) -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices in a lower precision where the CPU has it; sums stay float32."""
-    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = backend.fp32_precision
-    backend.fp32_precision = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bf16"}[matmul]
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
 Read = tuple[Tensor, Tensor]
 
 
@@ -114,9 +101,6 @@ class TorchStep:
         self._kept: list[tuple[Read, Tensor, Tensor]] = []
         self._num_finished = optimizer.num_finished
 
-    def discard(self) -> None:
-        """Nothing was fetched ahead."""
-
     @property
     def is_current(self) -> bool:
         """The proxies were not updated since they were read."""
@@ -136,12 +120,12 @@ class TorchStep:
 
     def forward(self, queries_BD: Tensor, *, best: bool) -> Tensor:
         """See `softmax.ProxyStep`."""
-        with products_in(self._matmul):
+        with products_in(self._matmul, queries_BD.device):
             return self._sums(queries_BD, best=best)
 
     def backward(self, queries_BD: Tensor, sums_5B: Tensor, grad_loss: Tensor, *, lr: float) -> Tensor:
         """See `softmax.ProxyStep`."""
-        with products_in(self._matmul):
+        with products_in(self._matmul, queries_BD.device):
             return self._updates(queries_BD, sums_5B, grad_loss, lr=lr)
 
     def _sums(self, queries_BD: Tensor, *, best: bool) -> Tensor:

@@ -5,9 +5,8 @@ without a search. Nothing waits for the device, but for placement disk.
 """
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from triton import cdiv
 
 from nsl_dist.config import ProxyConfig
+from nsl_dist.device import products_in
 from nsl_dist.proxies import kernels
 from nsl_dist.proxies.counter_random import stream_key
 from nsl_dist.proxies.optimizer import DeferredSGD, MapProducts, RowwiseAdagrad
@@ -332,7 +332,7 @@ class TritonStep:
         """Multiply in the configured precision; the result is float32."""
         if self.dtype == torch.bfloat16 and self._device.type == "cuda":
             return torch.mm(left, right, out_dtype=torch.float32)
-        with _products_in("tf32" if self._matmul == "tf32" else "ieee"):
+        with products_in(self._matmul, self._device):
             return left.float() @ right.float()
 
     def _fetch(self, chunk: Chunk) -> None:
@@ -391,14 +391,3 @@ def _words_of(draw: Draw) -> NDArray[np.int64]:
     words[len(header) :][: len(draw.columns_B)] = draw.columns_B
     words[len(header) + len(draw.columns_B) :][:num_positives] = draw.positives
     return words
-
-
-@contextmanager
-def _products_in(precision: str) -> Iterator[None]:
-    backend = torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
