@@ -1,10 +1,12 @@
 """Convert a data set to Parquet shards of class bags, from which training and evaluation stream.
 
 python jobs/prepare_shards.py --layout sop --root Stanford_Online_Products --out s3://bucket/sop_shards
+
+Photos of several megapixels take most of the time of every epoch, or a fraction of it with --max-edge 512.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tyro
 
@@ -29,6 +31,9 @@ class PrepareConfig:
     """Share of the class folders, or of each one's images, that is for test."""
     test_classes: str | None = None
     """File with the class folders for test, one a line, instead of drawing them."""
+    max_edge: int | None = None
+    """Re-encode images that have a side of more pixels, so that they fit: upright, as JPEG of quality 95. Twice the
+    input size of training is plenty. If None, images are kept as they are."""
     max_undecodable: float = 0.01
     """Fraction of the images that may fail to decode; unless it is 0, a few may always. They are listed and skipped."""
     wait_for_nodes: float = 15.0
@@ -39,6 +44,9 @@ def main() -> None:
     """Read the records, write the shards, print a summary."""
     config = tyro.cli(PrepareConfig, args=sys.argv[1:], description=__doc__)
 
+    if config.max_edge is not None and config.max_edge < 8:
+        raise ValueError(f"--max-edge {config.max_edge} must be at least 8 pixels")
+
     from nsl_dist import cluster
     from nsl_dist.data.shards import find_data, prepare
 
@@ -48,7 +56,7 @@ def main() -> None:
         print(f"{data.root}: {len(data.records):,} images in the layout {data.layout}", flush=True)
     cluster.connect(num_cpus=1)
     cluster.wait_for({"reading": (1, {"CPU": 1})}, minutes=config.wait_for_nodes, fix="add nodes")
-    manifest = prepare(data, out=config.out, max_undecodable=config.max_undecodable)
+    manifest = prepare(replace(data, max_edge=config.max_edge), out=config.out, max_undecodable=config.max_undecodable)
     for name, counts in manifest.splits.items():
         print(
             f"{name}: {counts['num_images']:,} images of {counts['num_classes']:,} classes, "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 DEFAULT_STORAGE = "~/nsl_dist"
 MOST_NEIGHBOURS = 1000  # per query in jobs/search.py
+REENCODED_QUALITY = 95  # of images that jobs/prepare_shards.py --max-edge makes smaller; JPEG, 4:2:0
 Layout = Literal["sop", "inshop", "cub200", "cars196", "folders"]
 SplitBy = Literal["classes", "images"]
 # What the classes of the test images are, by how the images were split.

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.data.images import MOST_PIXELS, decode
-from nsl_dist.data.transforms import eval_transform, normalise
+from nsl_dist.data.transforms import eval_transform, least_to_resize, normalise
 from nsl_dist.model import EmbeddingModel, build_model
 from nsl_dist.run import BEST, DESCRIPTION_FILE, MODEL_FILE
 
@@ -67,7 +67,8 @@ class Embedder:
         """
         try:
             encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return eval_transform(decode(encoded, most_pixels=most_pixels), self._data)
+            least = least_to_resize(self._data.resized_edge)
+            return eval_transform(decode(encoded, least=least, most_pixels=most_pixels), self._data)
         except ValueError as error:
             raise ValueError(f"{'bytes' if isinstance(image, bytes) else image}: {error}") from error
 

@@ -60,7 +60,15 @@ from nsl_dist.data.images import decode
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import Manifest, Split, find_data, is_prepared, load_manifest, open_data, synthetic_data
 from nsl_dist.data.stream import DATA_NICENESS, planned_batches
-from nsl_dist.data.transforms import augment, crop_draws, normalise, random_crop, resize
+from nsl_dist.data.transforms import (
+    augment,
+    crop_draws,
+    least_to_crop,
+    least_to_resize,
+    normalise,
+    random_crop,
+    resize,
+)
 from nsl_dist.device import autocast_dtype
 from nsl_dist.progress import output, show_results
 from nsl_dist.training.train import DATA_CPUS, train
@@ -155,14 +163,22 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
     threads = config.threads or CORES
     for step in range(2 + 5 * bench.turns):
         part = work.plan.batch(step)
+        places = list(zip(part.labels.tolist(), part.indices.tolist(), strict=True))
+        whole_batch, seed = range(len(places)), work.plan.seed
+        crops = crop_draws(whole_batch, config.data, seed=seed, step=step)
+        least = {}
+        for key in set(places):
+            of_image = [place for place, each in enumerate(places) if each == key]
+            least[key] = (
+                least_to_resize(config.data.resized_edge)
+                if crops is None
+                else least_to_crop(crops[of_image], config.data)
+            )
         with timed("read", 1):
             encoded = read(part, work.split)
         with timed("decode", 1):
-            decoded = {key: decode(each) for key, each in encoded.items()}
+            decoded = {key: decode(each, least=least[key]) for key, each in encoded.items()}
         with timed("resize", 1):
-            places = list(zip(part.labels.tolist(), part.indices.tolist(), strict=True))
-            whole_batch, seed = range(len(places)), work.plan.seed
-            crops = crop_draws(whole_batch, config.data, seed=seed, step=step)
             if crops is None:
                 resized = {key: resize(each, config.data.resized_edge) for key, each in decoded.items()}
                 resized_BCHW = torch.stack([resized[key] for key in places])

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from nsl_dist import cluster, storage
-from nsl_dist.config import BY_CLASSES, TEST_CLASSES, FolderSplit, Layout, SplitBy
+from nsl_dist.config import BY_CLASSES, REENCODED_QUALITY, TEST_CLASSES, FolderSplit, Layout, SplitBy
 from nsl_dist.data.layouts import Unused, read_records, recognise, unused
 from nsl_dist.data.synthetic import write_products
 from nsl_dist.progress import Progress
@@ -153,6 +153,8 @@ class Manifest:
         unused: paths of files that are no images, by ending; only for class folders, as the next.
         empty_folders: paths of folders without any file.
         split_by: whether training and test share classes ("images") or not.
+        max_edge: see `DataSource`.
+        num_reencoded: images that were made smaller for it.
         version: of this format.
 
     """
@@ -168,6 +170,8 @@ class Manifest:
     unused: dict[str, list[str]] = field(default_factory=dict)
     empty_folders: list[str] = field(default_factory=list)
     split_by: SplitBy = "classes"
+    max_edge: int | None = None
+    num_reencoded: int = 0
     version: int = FORMAT_VERSION
 
     @property
@@ -185,6 +189,9 @@ class Manifest:
         across = [same for same in self.duplicates if len(set(same["splits"])) > 1]
         lines = {
             "undecodable": _listed([f"{each['path']} ({each['error']})" for each in self.undecodable]),
+            "re-encoded": f"{self.num_reencoded:,} to {self.max_edge} pixels, JPEG of quality {REENCODED_QUALITY}"
+            if self.max_edge is not None
+            else "",
             "other files": ", ".join(f"{ending} {len(files):,}" for ending, files in sorted(self.unused.items())),
             "empty folders": _listed(self.empty_folders),
             "duplicates": _listed([" = ".join(same["paths"]) for same in self.duplicates]),
@@ -304,6 +311,8 @@ class DataSource:
         layout: of the raw data set.
         records: see `read_records`; None for shards.
         split_by: whether training and test share classes.
+        max_edge: pixels of an image's longer side above which it is re-encoded, smaller, when it is sharded; None: all
+            images are kept as they are.
 
     """
 
@@ -311,13 +320,15 @@ class DataSource:
     layout: Layout
     records: pa.Table | None
     split_by: SplitBy
+    max_edge: int | None = None
 
     @property
     def digest(self) -> str:
         """See `records_digest`."""
         if self.records is None:
             return load_manifest(self.root).digest
-        return records_digest(self.records, layout=self.layout)
+        kept = "" if self.max_edge is None else f" max-edge {self.max_edge} quality {REENCODED_QUALITY}"
+        return records_digest(self.records, layout=f"{self.layout}{kept}")
 
     def training_sizes(self) -> NDArray[np.int64]:
         """Return the number of images of each training class, in any order."""
@@ -409,7 +420,7 @@ def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
         return replace(manifest, source=root, unused=beside.files, empty_folders=beside.folders)
     storage.check_writable(out)
 
-    written = _write_shards(records, root=root, out=out)
+    written = _write_shards(data, out=out)
     try:
         reports = _collect(written, num_images=len(records), max_undecodable=max_undecodable)
     finally:
@@ -433,6 +444,8 @@ def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
         "unused": beside.files,
         "empty_folders": beside.folders,
         "split_by": data.split_by,
+        "max_edge": data.max_edge,
+        "num_reencoded": sum(report["num_reencoded"] for report in reports),
     }
     storage.write_bytes(storage.join(out, MANIFEST_FILE), json.dumps(content, indent=1).encode())
     return load_manifest(out)
@@ -445,7 +458,7 @@ def _beside(data: DataSource) -> Unused:
     return unused(data.root, set(data.records["path"].to_pylist()))
 
 
-def _write_shards(records: pa.Table, *, root: str, out: str) -> Generator[dict[str, Any], None, None]:
+def _write_shards(data: DataSource, *, out: str) -> Generator[dict[str, Any], None, None]:
     """Write shards on the cluster; yield the report of each. When closed, let the running tasks finish.
 
     Not by Ray Data, which would cancel them: if one ends at that moment, Ray 2.60 aborts the driver ("Tried to complete
@@ -454,10 +467,12 @@ def _write_shards(records: pa.Table, *, root: str, out: str) -> Generator[dict[s
 
     @ray.remote(num_cpus=1, **cluster.prefer_cpu_nodes())
     def write(records: pa.Table, name: str, start: int, stop: int) -> dict[str, Any]:
-        return _write_shard(records.slice(start, stop - start), root=root, out=out, name=name)
+        return _write_shard(records.slice(start, stop - start), root=root, out=out, name=name, max_edge=max_edge)
 
+    root, records, max_edge = data.root, data.records, data.max_edge
+    assert records is not None
     records_ref = ray.put(records)
-    waiting = deque(_cut_into_shards(records))
+    waiting = deque(_cut_into_shards(records, max_edge=max_edge))
     most = math.ceil(len(records) / IMAGES_PER_PROCESS)
     running: list[ray.ObjectRef] = []
     try:
@@ -472,7 +487,7 @@ def _write_shards(records: pa.Table, *, root: str, out: str) -> Generator[dict[s
             ray.wait(running, num_returns=len(running))
 
 
-def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
+def _cut_into_shards(records: pa.Table, *, max_edge: int | None = None) -> list[tuple[str, int, int]]:
     """Split ordered records into shards (name, start, stop) of about equal bytes without splitting a class."""
     splits, class_ids = records["split"].to_numpy(), records["class_id"].to_numpy()
     new_class = np.ones(len(records), dtype=bool)
@@ -481,7 +496,8 @@ def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
     for split in dict.fromkeys(splits):
         rows = np.flatnonzero(splits == split)
         first, last = int(rows[0]), int(rows[-1]) + 1
-        ends = np.cumsum(records["num_bytes"].to_numpy()[first:last])
+        num_bytes = records["num_bytes"].to_numpy()[first:last]
+        ends = np.cumsum(num_bytes if max_edge is None else np.minimum(num_bytes, max_edge**2 // 3))
         num_shards = max(MIN_SHARDS, -(-int(ends[-1]) // SHARD_BYTES))
         starts = first + np.flatnonzero(new_class[first:last])
         # A class belongs to the shard that contains its first byte.
@@ -491,15 +507,16 @@ def _cut_into_shards(records: pa.Table) -> list[tuple[str, int, int]]:
     return ranges
 
 
-def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[str, Any]:
+def _write_shard(records: pa.Table, *, root: str, out: str, name: str, max_edge: int | None) -> dict[str, Any]:
     """Write one shard, class by class; return its entry for the manifest, its classes and its undecodable images."""
-    from nsl_dist.data.images import decode  # torch takes seconds to import, and the driver does not need it
+    from nsl_dist.data.images import reencoded  # torch takes seconds to import; the driver does not need it
 
     source, source_path = storage.resolve(root)
     written = io.BytesIO()  # in memory first: another job that shards the same data may be reading the existing file
     classes: list[dict[str, Any]] = []
     undecodable: list[dict[str, str]] = []
     contents: list[tuple[str, str, str]] = []
+    num_reencoded = 0
     rows = records.to_pylist()
     # Column statistics would put whole images into the footer.
     with pq.ParquetWriter(
@@ -515,11 +532,12 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
                 with source.open_input_stream(f"{source_path}/{row['path']}") as stream:
                     encoded = stream.read()
                 try:
-                    decode(encoded)
+                    smaller = reencoded(encoded, max_edge)
                 except ValueError as error:
                     undecodable.append({"path": row["path"], "error": str(error).splitlines()[0]})
                     continue
-                images.append(encoded)
+                num_reencoded += smaller is not None
+                images.append(smaller or encoded)
                 image_ids.append(row["image_id"])
                 paths.append(row["path"])
                 contents.append((hashlib.blake2b(encoded, digest_size=12).hexdigest(), row["path"], row["split"]))
@@ -542,7 +560,13 @@ def _write_shard(records: pa.Table, *, root: str, out: str, name: str) -> dict[s
     storage.write_bytes(storage.join(out, name), content)
     num_images = sum(row["num_images"] for row in classes)
     shard = {"path": name, "num_images": num_images, "num_bytes": len(content)}
-    return {"shard": shard, "classes": classes, "undecodable": undecodable, "contents": contents}
+    return {
+        "shard": shard,
+        "classes": classes,
+        "undecodable": undecodable,
+        "contents": contents,
+        "num_reencoded": num_reencoded,
+    }
 
 
 def _same_contents(reports: list[dict[str, Any]]) -> list[dict[str, list[str]]]:

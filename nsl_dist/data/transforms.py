@@ -4,6 +4,7 @@ Letters in tensor names: B images, C = 3 colours, H and W pixels.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsl_dist.config import DataConfig
+
+if TYPE_CHECKING:
+    from nsl_dist.data.images import Least
 
 FLOATS_AT_ONCE = 2**20
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,6 +24,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def resize(image_CHW: Tensor, edge: int) -> Tensor:
     """Resize to `edge` x `edge` pixels with bilinear interpolation, ignoring the aspect ratio (paper, section 4.1)."""
     return F.interpolate(image_CHW[None], (edge, edge), mode="bilinear", antialias=True)[0]
+
+
+def least_to_resize(edge: int) -> "Least":
+    """Return what `decode` needs for `resize` to `edge`."""
+    return lambda _height, _width: (edge, edge)
 
 
 def crop_draws(positions: range, config: DataConfig, *, seed: int, step: int) -> Tensor | None:
@@ -39,15 +48,34 @@ def random_crop(image_CHW: Tensor, draws_4: Tensor, config: DataConfig) -> Tenso
         uint8 `[3, image_size, image_size]`.
 
     """
-    assert config.crop_area is not None
-    area, ratio, left, top = draws_4.tolist()
+    left, top = draws_4.tolist()[2:]
     height, width = image_CHW.shape[1:]
+    crop_height, crop_width = _crop_size(draws_4, height, width, config)
+    x, y = int(left * (width - crop_width + 1)), int(top * (height - crop_height + 1))
+    return resize(image_CHW[:, y : y + crop_height, x : x + crop_width], config.image_size)
+
+
+def _crop_size(draws_4: Tensor, height: int, width: int, config: DataConfig) -> tuple[int, int]:
+    assert config.crop_area is not None
+    area, ratio = draws_4.tolist()[:2]
     area = (config.crop_area + (1 - config.crop_area) * area) * height * width
     ratio = (3 / 4) ** (1 - 2 * ratio)
     crop_width = min(width, max(1, round(math.sqrt(area * ratio))))
     crop_height = min(height, max(1, round(math.sqrt(area / ratio))))
-    x, y = int(left * (width - crop_width + 1)), int(top * (height - crop_height + 1))
-    return resize(image_CHW[:, y : y + crop_height, x : x + crop_width], config.image_size)
+    return crop_height, crop_width
+
+
+def least_to_crop(draws_n4: Tensor, config: DataConfig) -> "Least":
+    """Return what `decode` needs for no `random_crop` of an image to be enlarged."""
+
+    def least(height: int, width: int) -> tuple[float, float]:
+        sizes = [_crop_size(draws_4, height, width, config) for draws_4 in draws_n4]
+        return (
+            config.image_size * height / min(crop_height for crop_height, _ in sizes),
+            config.image_size * width / min(crop_width for _, crop_width in sizes),
+        )
+
+    return least
 
 
 def eval_transform(image_CHW: Tensor, config: DataConfig) -> Tensor:

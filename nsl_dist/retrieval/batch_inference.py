@@ -1,4 +1,7 @@
-"""Embeds the images of a data set into Parquet files: Ray Data reads and decodes, a pool of actors embeds."""
+"""Embeds the images of a data set into Parquet files, by a pool of actors of Ray Data.
+
+On CPUs each actor reads, decodes and embeds on a core of its own. GPUs are fed by tasks that read and decode.
+"""
 
 import dataclasses
 import functools
@@ -23,6 +26,8 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
 from nsl_dist.progress import Progress
 from nsl_dist.retrieval.vector_files import EmbeddingSet, load_index, write_file, write_index
+
+BATCHES_AT_ONCE = 4  # read by a task; few, so that all cores have work until the end
 
 
 def embeddings_key(weights: bytes | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int) -> str:
@@ -135,39 +140,65 @@ def _embedded(
     if not shards:
         return
     num_images = sum(shard.num_images for shard in shards)
+    pieces = _pieces(shards, splits, BATCHES_AT_ONCE * config.eval.batch_size)
+    read = _reader(pieces, shards, splits, config)
+    work = ray.data.range(len(pieces), override_num_blocks=len(pieces))
     # Few images are not worth the start of many processes.
-    most_batches = max(1, math.ceil(num_images / config.eval.batch_size))
-    most_actors = min(num_gpus or max(1, cluster.totals()[0] // 2), most_batches)
-    embedded = (
-        ray.data.range(len(shards), override_num_blocks=min(len(shards), most_batches))
-        .map_batches(_reader(shards, splits, config), batch_size=None, num_cpus=1, **cluster.prefer_cpu_nodes())
-        .map_batches(
+    most_actors = min(num_gpus or cluster.totals()[0], math.ceil(num_images / config.eval.batch_size))
+    if num_gpus:
+        embedded = work.map_batches(read, batch_size=None, num_cpus=1, **cluster.prefer_cpu_nodes()).map_batches(
             _Embedder,
             fn_constructor_args=(weights and ray.put(weights), config, most_actors),
             batch_size=config.eval.batch_size,
-            num_cpus=0 if num_gpus else 1,
-            num_gpus=1 if num_gpus else 0,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most_actors),
+            num_cpus=0,
+            num_gpus=1,
+            # While the GPU computes a batch, the next one is copied to it.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=most_actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
         )
-    )
+    else:
+        free = max(1, int(ray.available_resources().get("CPU", 0)))
+        embedded = work.map_batches(
+            _Embedder,
+            fn_constructor_args=(weights and ray.put(weights), config, most_actors, read),
+            batch_size=None,
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, initial_size=min(free, most_actors), max_size=most_actors, max_tasks_in_flight_per_actor=2
+            ),
+        )
     progress = Progress("embed", "images", num_images)
     for batch in embedded.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield batch
         progress.advance(len(batch))
 
 
-def _reader(
-    shards: list[_Shard], splits: dict[str, Split], config: TrainConfig
-) -> Callable[[dict[str, NDArray[np.int64]]], Iterator[dict[str, Any]]]:
-    """Return what reads and decodes shards, given by their places in `shards`, into batches of images."""
-    shared = ray.put((shards, splits))
+_Piece = tuple[int, NDArray[np.int64]]  # part of a shard: its place, and labels of some of its classes
+_Read = Callable[[dict[str, NDArray[np.int64]]], Iterator[dict[str, Any]]]
+
+
+def _pieces(shards: list[_Shard], splits: dict[str, Split], num_images: int) -> list[_Piece]:
+    """Cut shards into pieces of whole classes, of about `num_images` images each."""
+    pieces = []
+    for place, shard in enumerate(shards):
+        ends = np.cumsum(splits[shard.split].sizes[shard.labels])
+        cuts = np.flatnonzero(np.diff((ends - 1) // num_images)) + 1
+        pieces += [(place, labels) for labels in np.split(shard.labels, cuts)]
+    return pieces
+
+
+def _reader(pieces: list[_Piece], shards: list[_Shard], splits: dict[str, Split], config: TrainConfig) -> _Read:
+    """Return what reads and decodes pieces, given by their places in `pieces`, into batches of images."""
+    shared = ray.put((pieces, shards, splits))
 
     def read(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         cluster.import_whole("nsl_dist.data.transforms")
         from nsl_dist.data.images import decode
-        from nsl_dist.data.transforms import eval_transform
+        from nsl_dist.data.transforms import eval_transform, least_to_resize
 
-        shards, splits = ray.get(shared)
+        least = least_to_resize(config.data.resized_edge)
+        pieces, shards, splits = ray.get(shared)
         images: list[Any] = []
         ids: list[int] = []
         paths: list[str] = []
@@ -176,13 +207,14 @@ def _reader(
         def batch() -> dict[str, Any]:
             return {"image": np.stack(images), "id": np.array(ids), "path": np.array(paths), "shard": np.array(places)}
 
-        for place in rows["id"].tolist():
+        for each in rows["id"].tolist():
+            place, labels = pieces[each]
             split = splits[shards[place].split]
             offsets = split.offsets
-            for label in shards[place].labels.tolist():
+            for label in labels.tolist():
                 bag = split.read_bag(label, ["path", "image"])
                 for index, (path, encoded) in enumerate(zip(bag["path"], bag["image"], strict=True)):
-                    images.append(eval_transform(decode(encoded.as_py()), config.data).numpy())
+                    images.append(eval_transform(decode(encoded.as_py(), least=least), config.data).numpy())
                     ids.append(int(offsets[label]) + index)
                     paths.append(path.as_py())
                     places.append(place)
@@ -298,9 +330,9 @@ def _list(location: str) -> list[str]:
 
 
 class _Embedder:
-    """An actor that holds the model."""
+    """An actor that holds the model, and embeds batches of images or those that `read` makes of its input."""
 
-    def __init__(self, weights: Any, config: TrainConfig, num_actors: int) -> None:
+    def __init__(self, weights: Any, config: TrainConfig, num_actors: int, read: _Read | None = None) -> None:
         import torch
 
         from nsl_dist.device import autocast_dtype, use_cpu_threads
@@ -308,6 +340,7 @@ class _Embedder:
         from nsl_dist.model import build_model
 
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
+        self.read = read
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             use_cpu_threads(num_actors)
@@ -322,14 +355,25 @@ class _Embedder:
         self.model.eval().to(self.device)
         self.model.to(memory_format=torch.channels_last)
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
+    def __call__(self, rows: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
+        for batch in [rows] if self.read is None else self.read(rows):
+            yield self._embed(batch)
+
+    def _embed(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         import torch
 
         from nsl_dist.data.transforms import normalise
 
-        images = normalise(torch.from_numpy(batch["image"]).to(self.device))
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            embeddings_BD = self.model(images.contiguous(memory_format=torch.channels_last)).cpu().numpy()
+        images = torch.from_numpy(batch["image"])
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
+            torch.cuda.stream(torch.cuda.Stream() if self.device.type == "cuda" else None),
+        ):
+            if self.device.type == "cuda":
+                images = images.pin_memory().to(self.device, non_blocking=True)
+            pixels = normalise(images).contiguous(memory_format=torch.channels_last)
+            embeddings_BD = self.model(pixels).cpu().numpy()
         flat = pa.array(embeddings_BD.ravel(), type=pa.float32())
         vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings_BD.shape[1])
         paths = pa.array(batch["path"].tolist(), pa.string())

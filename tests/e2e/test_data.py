@@ -1,5 +1,6 @@
 """Shards, their stream and the built-in products on a real Ray."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 
 from nsl_dist.config import DataConfig, Layout
 from nsl_dist.data import synthetic
+from nsl_dist.data.images import decode
 from nsl_dist.data.layouts import read_records
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import Manifest, find_data, load_manifest, open_data, prepare, records_digest
 from nsl_dist.data.stream import fetch, planned_batches
 from nsl_dist.data.transforms import augment
-from tests.support.images import write_sop
+from tests.support.images import encode, write_sop
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SIZES = {"train": [3, 9, 2, 5, 4, 6, 1, 7, 3, 5, 8, 2], "test": [2, 1, 4]}
@@ -61,6 +63,24 @@ def test_first_use_is_cached_by_digest(tmp_path: Path, capsys: pytest.CaptureFix
     assert first.digest == records_digest(read_records(str(root), layout="sop"), layout="sop")
     (root / "thing_final" / "1_1.JPG").write_bytes((root / "thing_final" / "2_4.JPG").read_bytes() + b"\0")
     assert opened(str(root)).digest != first.digest
+
+
+def test_large_images_are_reencoded(tmp_path: Path) -> None:
+    root = write_sop(tmp_path / "raw", {"train": [2, 2], "test": [2, 2]})
+    photo = np.asarray(np.kron(np.arange(24).reshape(4, 6, 1) * 10, np.ones((50, 50, 3))), dtype=np.uint8)
+    (root / "thing_final" / "1_1.JPG").write_bytes(encode(photo))
+    as_it_is = find_data(str(root), layout="sop")
+    data = dataclasses.replace(as_it_is, max_edge=120)
+    manifest = prepare(data, out=str(tmp_path / "small"), max_undecodable=0)
+    assert (manifest.max_edge, manifest.num_reencoded) == (120, 1)
+    assert manifest.account()["re-encoded"] == "1 to 120 pixels, JPEG of quality 95"
+    assert len({each.digest for each in (as_it_is, data, dataclasses.replace(as_it_is, max_edge=121))}) == 3
+    assert find_data(manifest.root, layout=None).digest == data.digest
+    split = manifest.split("train")
+    bags = [split.read_bag(label, ["image_id", "image"]).to_pylist() for label in range(split.num_classes)]
+    images = {row["image_id"]: row["image"] for bag in bags for row in bag}
+    assert decode(images[1]).shape == (3, 80, 120)
+    assert images[2] == (root / "thing_final" / "1_2.JPG").read_bytes()
 
 
 def test_undecodable_images_are_listed_and_left_out_or_refused(tmp_path: Path) -> None:

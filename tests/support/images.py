@@ -2,15 +2,16 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def encode(pixels: np.ndarray, kind: str = "JPEG") -> bytes:
+def encode(pixels: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
     """Encode an image."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
+    Image.fromarray(pixels).save(stream, kind, **options)
     return stream.getvalue()
 
 

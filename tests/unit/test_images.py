@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from nsl_dist.data.images import FORMATS, decode, for_browsers, thumbnail
+from nsl_dist.data.images import FORMATS, decode, for_browsers, reencoded, thumbnail
 
 HEIGHT, WIDTH = 24, 40
 
@@ -102,6 +102,42 @@ def test_thumbnails_are_upright() -> None:
     exif[ExifTags.Base.Orientation] = 6
     small = Image.open(io.BytesIO(thumbnail(encoded(scene().transpose(UNDO[6]), "JPEG", exif=exif), 20, quality=90)))
     assert small.size == (20, 12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpegs_are_decoded_to_no_more_than_is_needed(orientation: int) -> None:
+    large = scene().resize((8 * WIDTH, 8 * HEIGHT))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = large if orientation == 1 else large.transpose(UNDO[orientation])
+    content = encoded(stored, "JPEG", exif=exif, quality=95)
+    asked_of = []
+
+    def decoded(*least: int) -> np.ndarray:
+        return decode(content, least=lambda *size: asked_of.append(size) or least).numpy().astype(float)
+
+    h, w = HEIGHT, WIDTH
+    few, some, many, most = (h, w), (h, w + 1), (4 * h, 1), (4 * h + 1, 1)
+    for shrink, least in ((8, few), (4, some), (2, many), (1, most)):
+        pixels = decoded(*least)
+        expected = np.asarray(large.reduce(shrink), float).transpose(2, 0, 1)
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels - expected).mean() < 2
+    assert set(asked_of) == {(8 * HEIGHT, 8 * WIDTH)}
+    assert decode(encoded(large, "PNG"), least=lambda _height, _width: (1, 1)).shape == (3, 8 * HEIGHT, 8 * WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_only_larger_images_are_reencoded(kind: str) -> None:
+    content = encoded(scene().resize((320, 192)), kind)
+    assert reencoded(content, None) is None
+    assert reencoded(content, 320) is None
+    for max_edge, size in ((319, (319, 191)), (160, (160, 96)), (100, (100, 60))):
+        smaller = Image.open(io.BytesIO(reencoded(content, max_edge) or b""))
+        assert (smaller.format, smaller.size) == ("JPEG", size)
+        assert np.abs(np.asarray(smaller, float) - np.asarray(scene().resize(size), float)).mean() < 6
+    with pytest.raises(ValueError, match=r"."):
+        reencoded(content[: len(content) // 2], 100)
 
 
 def test_browsers_get_what_they_show() -> None:

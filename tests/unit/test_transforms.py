@@ -1,10 +1,20 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nsl_dist.config import DataConfig
 from nsl_dist.data.images import decode
-from nsl_dist.data.transforms import augment, crop_draws, eval_transform, normalise, random_crop, resize
+from nsl_dist.data.transforms import (
+    augment,
+    crop_draws,
+    eval_transform,
+    least_to_crop,
+    least_to_resize,
+    normalise,
+    random_crop,
+    resize,
+)
 from tests.support.images import encode
 
 RNG = np.random.default_rng(0)
@@ -55,6 +65,29 @@ def test_random_crops_do_not_depend_on_the_number_of_workers() -> None:
     assert 0.3 < widths.min() < 0.5  # sqrt(0.16 x 3/4), at the image's own ratio of 4/3 less
     assert 0.85 < widths.max() <= 1
     assert crops[:, 0, 0, 0].min() < 10
+
+
+@pytest.mark.parametrize("size", [(768, 1024), (1024, 768)])
+def test_crops_of_a_smaller_image_are_those_of_the_whole(size: tuple[int, int]) -> None:
+    config = DataConfig(image_size=72, crop_area=0.16)
+    height, width = size
+    smooth = torch.from_numpy(SMOOTH).permute(2, 0, 1)[None].float()
+    photo = F.interpolate(smooth, size, mode="bicubic").clamp(0, 255).byte()[0]
+    content = encode(photo.permute(1, 2, 0).numpy(), quality=95)
+    draws = crop_draws(range(20), config, seed=1, step=2)
+    assert draws is not None
+    shapes = set()
+    for each in draws:
+        smaller = decode(content, least=least_to_crop(each[None], config))
+        shapes.add(smaller.shape[1])
+        difference = random_crop(smaller, each, config).int() - random_crop(photo, each, config).int()
+        assert difference.abs().float().mean() < 10  # borders are rounded to pixels; another crop differs by 30 or more
+    assert shapes == {height // 8, height // 4}
+    need_height, need_width = least_to_crop(draws, config)(height, width)
+    assert need_height == max(least_to_crop(each[None], config)(height, width)[0] for each in draws)
+    assert need_width == max(least_to_crop(each[None], config)(height, width)[1] for each in draws)
+    whole = resize(decode(content, least=least_to_resize(90)), 90)
+    assert (whole.int() - resize(photo, 90).int()).abs().float().mean() < 3
 
 
 def test_a_whole_crop_is_the_image() -> None:
