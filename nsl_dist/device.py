@@ -1,6 +1,7 @@
-"""Precision and number of threads of a device."""
+"""Precision, compiler and number of threads of a device."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         raise ValueError(f"{torch.cuda.get_device_name(device)} does not support bfloat16; set --precision float32")
     wanted = precision == "bfloat16" or (precision == "auto" and supported)
     return torch.bfloat16 if wanted else None
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Return whether this machine has the compiler that torch.compile calls: of C for GPUs, of C++ for CPUs."""
+    variable, names = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("c++", "g++", "clang++"))
+    chosen = os.environ.get(variable)
+    return any(map(shutil.which, [chosen] if chosen else names))
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import nn
 
 from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.data.images import MOST_PIXELS, decode
-from nsl_dist.data.transforms import eval_transform, least_to_resize, normalise
+from nsl_dist.data.transforms import Normalise, eval_transform, least_to_resize
 from nsl_dist.model import EmbeddingModel, build_model
 from nsl_dist.run import BEST, DESCRIPTION_FILE, MODEL_FILE
 
@@ -26,7 +27,8 @@ class Embedder:
     """Embeds images as unit vectors.
 
     Attributes:
-        model: the network, in evaluation mode.
+        model: takes normalised images; in evaluation mode.
+        network: takes uint8 images: normalisation, then the model.
         image_size: width and height of the model's input, in pixels.
         dim: embedding dimensions.
 
@@ -34,6 +36,7 @@ class Embedder:
 
     def __init__(self, model: EmbeddingModel, data: DataConfig, dim: int, device: torch.device) -> None:
         self.model = model.eval().to(device)
+        self.network = nn.Sequential(Normalise().to(device), self.model)
         self.image_size = data.image_size
         self.dim = dim
         self._data = data
@@ -75,7 +78,7 @@ class Embedder:
     def embed(self, pixels_BCHW: torch.Tensor) -> NDArray[np.float32]:
         """Embed a stack of outputs of `pixels` as unit vectors `[B, dim]`."""
         with torch.inference_mode():
-            embeddings_BD: NDArray[np.float32] = self.model(normalise(pixels_BCHW.to(self._device))).cpu().numpy()
+            embeddings_BD: NDArray[np.float32] = self.network(pixels_BCHW.to(self._device)).cpu().numpy()
         return embeddings_BD
 
 

@@ -42,7 +42,7 @@ class EmbeddingModel(nn.Module):
         self.linear = None if dim == num_features else nn.Linear(num_features, dim, bias=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Embed normalised images (see `transforms.normalise`).
+        """Embed normalised images (see `transforms.Normalise`).
 
         Returns:
             Unit vectors, float32 `[B, dim]`, regardless of autocast.

@@ -3,25 +3,11 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from nsl_dist.data.transforms import normalise
 from nsl_dist.embedder import load_embedder
 
 MOST_DIFFERENCE = 1e-4  # per coordinate of a unit vector
 CHECKED_BATCHES = (1, 7)
-
-
-class _FromPixels(nn.Module):
-    """Includes the normalisation of pixels in the graph, so that callers need not know it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        embeddings_BD: Tensor = self.model(normalise(images_BCHW))
-        return embeddings_BD
 
 
 def export_onnx(checkpoint: str, out: Path) -> float:
@@ -44,7 +30,7 @@ def export_onnx(checkpoint: str, out: Path) -> float:
         raise ValueError(f"{error}; install nsl_dist[onnx]") from error
 
     embedder = load_embedder(checkpoint)
-    model = _FromPixels(embedder.model).eval()
+    model = embedder.network.eval()
     random = torch.Generator().manual_seed(0)
     batches = [
         torch.randint(256, (size, 3, embedder.image_size, embedder.image_size), dtype=torch.uint8, generator=random)

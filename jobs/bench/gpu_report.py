@@ -247,8 +247,8 @@ def steps(machine: Machine, sizes: Sizes) -> list[Row]:
     images, labels_B = gpu_steps.images_of(work), plan.batch(0).labels
     labels = torch.from_numpy(labels_B).to(work.device)
     builders = gpu_steps.plain_builders(work, images, labels) | gpu_steps.our_builders(work, images, labels_B)
-    names = ("plain bf16 nhwc", "ours bf16 nhwc", "ours float32 nhwc")
-    contestants = {name: builders[name]() for name in names}
+    names = ("plain bf16 nhwc", "plain bf16 nhwc compiled fused", "ours bf16 nhwc", "ours bf16 nhwc compiled")
+    contestants = {name: builders[name]() for name in names if name in builders}
     wide = dataclasses.replace(config, model=dataclasses.replace(config.model, dim=sizes.wide_dim))
     contestants |= gpu_steps.with_many_classes(Work(wide, plan, split), images, sizes.many_classes)
     seconds = gpu_steps.step_seconds(contestants, sizes.turns, work.device)
@@ -325,7 +325,7 @@ def searching(machine: Machine, sizes: Sizes) -> list[Row]:
 PARTS: dict[PartName, tuple[Part, int]] = {
     "proxies_on_device": (proxies_on_device, 70),
     "proxies_on_host": (proxies_on_host, 40),
-    "steps": (steps, 60),
+    "steps": (steps, 180),  # two of them are compiled, by one core
     "decoding": (decoding, 25),
     "searching": (searching, 45),
 }

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import re
-import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -16,15 +15,22 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from plain_training import Classifier, PlainStep, Work, settle, sgd
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsl_dist.config import ProxyConfig
 from nsl_dist.data.images import decode
-from nsl_dist.data.transforms import normalise
+from nsl_dist.data.transforms import Normalise
+from nsl_dist.device import has_compiler
 from nsl_dist.training.step import TrainingStep
 
-PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+Precision = Literal["float32", "bfloat16"]
+# What our steps are compared with; on GPUs, their optimiser is fused.
+TWINS = {
+    "ours float32 nhwc": "plain float32 nhwc",
+    "ours bf16 nhwc": "plain bf16 nhwc fused",
+    "ours bf16 nhwc compiled": "plain bf16 nhwc compiled fused",
+}
 # Peak dense bfloat16 FLOP/s according to data sheets. The first key whose words are in the GPU's name applies.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
@@ -82,8 +88,8 @@ def plain_builders(work: Work, images: Tensor, labels: Tensor) -> dict[str, Call
         (None, first, False, False), (None, last, False, False), (half, first, False, False),
         (half, last, False, False), (half, last, False, True), (half, last, True, False), (half, last, True, True),
     ):  # fmt: skip
-        if compiled and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-            continue  # torch.compile needs a C compiler
+        if compiled and not compiles(work):
+            continue
         name = " ".join(
             ["plain", "bf16" if dtype else "float32", "nhwc" if memory_format is last else "nchw"]
             + ["compiled"] * compiled + ["fused"] * fused
@@ -92,14 +98,26 @@ def plain_builders(work: Work, images: Tensor, labels: Tensor) -> dict[str, Call
     return builders
 
 
+def compiles(work: Work) -> bool:
+    """Return whether compiled steps are measured; compiling for a CPU would take longer than the rest."""
+    return work.device.type == "cuda" and has_compiler(work.device)
+
+
 def our_builders(work: Work, images: Tensor, labels_B: NDArray[np.int64]) -> dict[str, Callable[[], Step]]:
-    """Return what builds our steps, by precision."""
-    single, half = (dataclasses.replace(work.config, precision=precision) for precision in PRECISIONS)
-    classes = work.split.num_classes
-    return {
-        "ours float32 nhwc": lambda: our_step(work.training_step(single, classes), images, lambda _: labels_B),
-        "ours bf16 nhwc": lambda: our_step(work.training_step(half, classes), images, lambda _: labels_B),
+    """Return what builds our steps, by precision and compiler."""
+
+    def build(precision: Precision, *, compiled: bool) -> Step:
+        config = dataclasses.replace(work.config, precision=precision)
+        training = work.training_step(config, work.split.num_classes, compiled=compiled)
+        return our_step(training, images, lambda _: labels_B)
+
+    builders: dict[str, Callable[[], Step]] = {
+        "ours float32 nhwc": lambda: build("float32", compiled=False),
+        "ours bf16 nhwc": lambda: build("bfloat16", compiled=False),
     }
+    if compiles(work):
+        builders["ours bf16 nhwc compiled"] = lambda: build("bfloat16", compiled=True)
+    return builders
 
 
 def our_step(training: TrainingStep, images: Tensor, labels: Callable[[int], NDArray[np.int64]]) -> Step:
@@ -116,12 +134,13 @@ def step_without_loss(work: Work, images: Tensor) -> Step:
     """Return a step of the bfloat16 model alone, whose embeddings are given a gradient."""
     training = work.training_step(dataclasses.replace(work.config, precision="bfloat16"), work.split.num_classes)
     gradient = torch.randn(len(images), work.config.model.dim, device=work.device)
+    network = nn.Sequential(Normalise().to(work.device), training.model)
 
     def run(_: int) -> None:
         assert training.optimizer is not None
         training.model.train()
         with torch.autocast(work.device.type, torch.bfloat16):
-            embeddings = training.model(normalise(images).contiguous(memory_format=torch.channels_last))
+            embeddings = network(images.contiguous(memory_format=torch.channels_last))
         training.optimizer.zero_grad()
         torch.autograd.backward(embeddings, gradient)
         training.optimizer.step()
@@ -145,7 +164,7 @@ def step_flops(work: Work, images: Tensor, labels: Tensor) -> int:
     """Return the floating-point operations of forward and backward."""
     classifier = Classifier(work.config, work.split.num_classes).to(work.device).train()
     with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(classifier(normalise(images), labels))
+        torch.autograd.backward(classifier(images, labels))
     return int(counter.get_total_flops())
 
 
@@ -185,6 +204,15 @@ def jpegs_of(work: Work) -> list[bytes]:
     return [each for each in encoded if each.startswith(b"\xff\xd8")]
 
 
+def synthetic_rate(_: int, work: Work, turns: int) -> tuple[float, int]:
+    """Return images/s of our compiled step on images that are on the GPU, and the FLOPs of a step."""
+    images, labels_B = images_of(work), work.plan.batch(0).labels
+    training = work.training_step(work.config, work.split.num_classes, compiled=compiles(work))
+    seconds = step_seconds({"ours": our_step(training, images, lambda _: labels_B)}, turns, work.device)["ours"]
+    flops = step_flops(work, images, torch.from_numpy(labels_B).to(work.device))
+    return len(images) / statistics.median(seconds), flops
+
+
 def measure(_: int, work: Work, turns: int, proxy_classes: int) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     seconds, flops = time_steps(work, turns, proxy_classes)
@@ -193,7 +221,6 @@ def measure(_: int, work: Work, turns: int, proxy_classes: int) -> list[dict[str
     peak = peak_flops(torch.cuda.get_device_name())
     rows: list[dict[str, Any]] = []
     for name, each in seconds.items():
-        twin = seconds.get(name.replace("ours", "plain"), each)
         rows.append(
             {
                 "step": name,
@@ -201,7 +228,7 @@ def measure(_: int, work: Work, turns: int, proxy_classes: int) -> list[dict[str
                 "images_per_second": work.plan.batch_size / each,
                 "tflops": flops / each / 1e12,
                 "utilisation": flops / each / peak if peak else "peak unknown",
-                "ratio_to_plain": twin / each if twin != each else None,
+                "ratio_to_plain": seconds[TWINS[name]] / each if name in TWINS else None,
                 "added": each / seconds["without loss"] - 1 if name == "ours many classes" else None,
             }
         )

@@ -24,7 +24,7 @@ from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import Split
 from nsl_dist.data.stream import fetch
-from nsl_dist.data.transforms import augment, crop_draws, normalise
+from nsl_dist.data.transforms import Normalise, augment, crop_draws
 from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.proxies.counter_random import uniform_rows
@@ -58,10 +58,10 @@ class Work:
         fetched = fetch(part, self.split, config, crop_draws(positions, config, seed=seed, step=step))
         return augment(fetched, positions, config, seed=seed, step=step), part
 
-    def training_step(self, config: TrainConfig, num_classes: int) -> TrainingStep:
+    def training_step(self, config: TrainConfig, num_classes: int, *, compiled: bool = False) -> TrainingStep:
         """Return nsl_dist's training step for one worker."""
-        steps = self.plan.steps_per_epoch
-        return TrainingStep(config, num_classes=num_classes, schedule=Schedule(config.optim, steps), device=self.device)
+        schedule = Schedule(config.optim, self.plan.steps_per_epoch)
+        return TrainingStep(config, num_classes=num_classes, schedule=schedule, device=self.device, compiled=compiled)
 
 
 class Parts(Dataset[tuple[Tensor, Tensor]]):
@@ -94,6 +94,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         super().__init__()
+        self.normalise = Normalise()
         self.model = build_model(config.model, seed=config.seed)
         dim = config.model.dim
         self.proxies = nn.Parameter(uniform_rows(torch.arange(num_classes), dim, bound=dim**-0.5, seed=config.seed))
@@ -102,7 +103,7 @@ class Classifier(nn.Module):
 
     def forward(self, images_bCHW: Tensor, labels_b: Tensor) -> Tensor:
         """Return the loss."""
-        embeddings_bD = self.model(images_bCHW)
+        embeddings_bD = self.model(self.normalise(images_bCHW))
         with torch.autocast(images_bCHW.device.type, enabled=False):
             logits = embeddings_bD @ F.normalize(self.proxies).T / self.temperature
             return F.cross_entropy(logits, labels_b, label_smoothing=self.label_smoothing)
@@ -119,7 +120,7 @@ class PlainStep:
 
     def run(self, images_bCHW: Tensor, labels_b: Tensor) -> Tensor:
         """Run one step."""
-        images_bCHW = normalise(images_bCHW).contiguous(memory_format=self.memory_format)
+        images_bCHW = images_bCHW.contiguous(memory_format=self.memory_format)
         with torch.autocast(images_bCHW.device.type, self.dtype) if self.dtype else nullcontext():
             loss = self.forward(images_bCHW, labels_b)
         self.optimizer.zero_grad()
@@ -153,7 +154,9 @@ class Trained:
     data_wait_share: float
 
 
-def twin_training(rank: int, work: Work, world_size: int, num_processes: int, *, warm_up: int, port: int) -> Trained:
+def twin_training(
+    rank: int, work: Work, world_size: int, num_processes: int, *, warm_up: int, port: int, compiled: bool
+) -> Trained:
     """Train in plain PyTorch."""
     config, schedule = work.config, work.schedule
     torch.set_num_threads(config.threads or 1)
@@ -171,10 +174,11 @@ def twin_training(rank: int, work: Work, world_size: int, num_processes: int, *,
         )
     classifier = Classifier(config, work.split.num_classes).to(device)
     classifier.model.to(memory_format=torch.channels_last)
-    optimizer = sgd(classifier, config)
+    classifier.train()
+    optimizer = sgd(classifier, config, fused=compiled or None)
     forward = DistributedDataParallel(classifier, gradient_as_bucket_view=True) if world_size > 1 else classifier
-    plain = PlainStep(forward, optimizer, autocast_dtype(config.precision, device))
-    forward.train()
+    whole = torch.compile(forward, dynamic=False) if compiled else forward
+    plain = PlainStep(whole, optimizer, autocast_dtype(config.precision, device))
 
     loader = Parts(work, rank, world_size).loader(schedule.num_steps, num_processes)
     batches = iter(loader)

@@ -5,9 +5,9 @@ On two CPU cores with built-in synthetic products, in a quarter of an hour; then
     python jobs/bench/train.py
     python jobs/bench/train.py --parts data --turns 5
 
-The paper's model on a machine with GPUs:
+The paper's model on a machine with GPUs, with photos of 400 x 400 pixels that need no data set:
 
-    python jobs/bench/train.py --recipe sop_resnet50 --data.root sop_shards --data.batch-size 80 --steps 300 --json
+    python jobs/bench/train.py --recipe sop_resnet50 --model.weights None --data.batch-size 240 --photo-size 400
 
 It also takes all flags of jobs/train_sop.py. --json prints one object per line and part to stdout, everything else goes
 to stderr. Contestants take turns, each in fresh processes, so that noise of the machine affects all of them equally.
@@ -20,7 +20,9 @@ with a consumer that does nothing, and torch's DataLoader with as many processes
 
 training: the training of jobs/train_sop.py against a twin in plain PyTorch: DataLoader, DistributedDataParallel and
 torch.optim.SGD, with a dense softmax over all proxies as an ordinary parameter. Model, batches, augmentation, threads
-and initial weights are the same. The twin has at least as many data processes, the same number on every worker.
+and initial weights are the same. The twin has at least as many data processes, the same number on every worker. On
+GPUs there is also a compiled twin; `ratio to synthetic` compares with our step on images that are on the GPU, and
+`utilisation` is that of part `gpu`.
 
 gpu: steps on tensors in GPU memory, by precision, memory format, compiler and optimiser. Utilisation is the FLOPs of
 forward and backward pass divided by the peak for dense bfloat16. `ours` is nsl_dist's step, with its ratio to the
@@ -39,7 +41,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
@@ -51,6 +53,7 @@ import numpy as np
 import ray
 import torch
 import tyro
+from photos import photos
 from plain_training import Parts, Trained, Work, settle, summarise, twin_training
 
 from nsl_dist import cluster, storage
@@ -65,7 +68,6 @@ from nsl_dist.data.transforms import (
     crop_draws,
     least_to_crop,
     least_to_resize,
-    normalise,
     random_crop,
     resize,
 )
@@ -95,6 +97,9 @@ class BenchConfig:
     """Turns per contestant; each takes 5 batches in `stages` and 10 steps in `gpu`."""
     proxy_classes: int = 1_000_000
     """Number of classes in `gpu`, of which a tenth is sampled."""
+    photo_size: int | None = None
+    """Width and height, in pixels, of JPEGs to make from the built-in products and to train on, so that no data set is
+    needed. If None, --data.root is used."""
 
 
 def _start_together(barrier: Barrier) -> None:
@@ -121,12 +126,15 @@ def steady_rate(sizes: Iterable[int], warm_up: int) -> float:
     return num_images / (time.perf_counter() - started)
 
 
-def prepare(_: int, config: TrainConfig) -> Manifest:
+def prepare(_: int, config: TrainConfig, photo_size: int | None) -> Manifest:
     """Open the data set, sharding or rendering it the first time."""
     cluster.connect(num_cpus=1)
     try:
         data = config.data
-        source = find_data(data.root, layout=data.layout) if data.root else synthetic_data(config.storage)
+        if photo_size is not None:
+            source = photos(config.storage, photo_size)
+        else:
+            source = find_data(data.root, layout=data.layout) if data.root else synthetic_data(config.storage)
         return open_data(source, storage_root=config.storage, max_undecodable=data.max_undecodable)
     finally:
         ray.shutdown()
@@ -195,10 +203,7 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
         with timed("transfer", threads):
             images = images.to(device)
         with timed("forward", threads):
-            apart.model.train()
-            pixels = normalise(images).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, apart.dtype) if apart.dtype else nullcontext():
-                embeddings = apart.model(pixels)
+            embeddings = apart.embed(images)
         with timed("loss", threads):  # forward, backward and the update of the proxies
             leaf = embeddings.detach().requires_grad_()
             lr = work.schedule.learning_rate(step)
@@ -319,6 +324,7 @@ def loader_processes(config: TrainConfig, workers: int) -> int:
 def training(work: Work, bench: BenchConfig) -> list[Row]:
     """Run part 3."""
     base = work.config
+    twins = ("twin", "twin, compiled") if gpu_steps.compiles(work) else ("twin",)
     measured: dict[tuple[int, str], list[Trained]] = defaultdict(list)
     gpus = torch.cuda.device_count() if base.device == "cuda" else max(bench.workers)
     for workers in [each for each in bench.workers if each > gpus]:
@@ -345,11 +351,16 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             processes = loader_processes(config, workers)
-            twin = functools.partial(twin_training, warm_up=bench.warm_up, port=port)
-            measured[workers, "twin"].append(run_apart(twin, turn_work, workers, processes, count=workers)[0])
-            for name in ("ours", "twin"):
+            for name in twins:
+                twin = functools.partial(
+                    twin_training, warm_up=bench.warm_up, port=port, compiled=name == "twin, compiled"
+                )
+                measured[workers, name].append(run_apart(twin, turn_work, workers, processes, count=workers)[0])
+            for name in ("ours", *twins):
                 print(f"turn {turn + 1}, {workers} workers, {name}: {measured[workers, name][-1]}", flush=True)
 
+    synthetic, flops = run_apart(gpu_steps.synthetic_rate, work, bench.turns)[0] if base.device == "cuda" else (None, 0)
+    peak = gpu_steps.peak_flops(torch.cuda.get_device_name()) if synthetic else None
     rates = {key: statistics.median(each.images_per_second for each in trained) for key, trained in measured.items()}
     rows: list[Row] = []
     for (workers, name), trained in measured.items():
@@ -371,6 +382,8 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
                 "first_loss": trained[0].first_loss,
                 "scaling": rates[workers, name] / rates[fewest, name],
                 "ratio_to_twin": rates[workers, name] / rates[workers, "twin"],
+                "ratio_to_synthetic": rates[workers, name] / workers / synthetic if synthetic else None,
+                "utilisation": rates[workers, name] / workers * flops / work.plan.batch_size / peak if peak else None,
             }
         )
     return rows
@@ -418,7 +431,9 @@ def main() -> None:
         optim=dataclasses.replace(config.optim, new_layers_epochs=0),  # these would not train the backbone
     )
     root = config.data.root
-    (manifest,) = [load_manifest(root)] if root and is_prepared(root) else run_apart(prepare, config)
+    if root and bench.photo_size:
+        raise ValueError(f"give --photo-size {bench.photo_size} or --data.root {root}, not both")
+    (manifest,) = [load_manifest(root)] if root and is_prepared(root) else run_apart(prepare, config, bench.photo_size)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, root=manifest.root, layout=manifest.layout)
     )

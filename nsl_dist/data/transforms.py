@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsl_dist.config import DataConfig
 
@@ -143,8 +143,18 @@ def augment(resized_BCHW: Tensor, positions: range, config: DataConfig, *, seed:
     return images_BCHW
 
 
-def normalise(images_BCHW: Tensor) -> Tensor:
-    """Normalise uint8 images by ImageNet's mean and standard deviation, to float32 on the same device."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images_BCHW.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images_BCHW.device).view(3, 1, 1)
-    return images_BCHW.float().div_(255).sub_(mean).div_(std)
+class Normalise(nn.Module):
+    """Normalises uint8 images by ImageNet's mean and standard deviation, to float32."""
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Made once: making them on a GPU in every step would wait for it.
+        self.register_buffer("mean_C11", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Normalise, keeping shape, device and memory format."""
+        return images_BCHW.float().div_(255).sub_(self.mean_C11).div_(self.std_C11)

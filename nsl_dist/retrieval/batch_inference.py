@@ -335,6 +335,7 @@ class _Embedder:
     def __init__(self, weights: Any, config: TrainConfig, num_actors: int, read: _Read | None = None) -> None:
         import torch
 
+        from nsl_dist.data.transforms import Normalise
         from nsl_dist.device import autocast_dtype, use_cpu_threads
         from nsl_dist.embedder import load_weights
         from nsl_dist.model import build_model
@@ -345,15 +346,15 @@ class _Embedder:
         if self.device.type == "cpu":
             use_cpu_threads(num_actors)
         self.dtype = autocast_dtype(config.precision, self.device)
-        self.model = build_model(config.model, seed=config.seed, pretrained=weights is None)
+        model = build_model(config.model, seed=config.seed, pretrained=weights is None)
         if weights is not None:
             try:
                 content = ray.get(weights)
             except ray.exceptions.ReferenceCountingAssertionError:
                 return  # the other actors embedded everything before this one started: it gets no batch
-            load_weights(self.model, content, location="the checkpoint")
-        self.model.eval().to(self.device)
-        self.model.to(memory_format=torch.channels_last)
+            load_weights(model, content, location="the checkpoint")
+        self.forward = torch.nn.Sequential(Normalise(), model).eval().to(self.device)
+        self.forward.to(memory_format=torch.channels_last)
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
         for batch in [rows] if self.read is None else self.read(rows):
@@ -361,8 +362,6 @@ class _Embedder:
 
     def _embed(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         import torch
-
-        from nsl_dist.data.transforms import normalise
 
         images = torch.from_numpy(batch["image"])
         with (
@@ -372,8 +371,7 @@ class _Embedder:
         ):
             if self.device.type == "cuda":
                 images = images.pin_memory().to(self.device, non_blocking=True)
-            pixels = normalise(images).contiguous(memory_format=torch.channels_last)
-            embeddings_BD = self.model(pixels).cpu().numpy()
+            embeddings_BD = self.forward(images.contiguous(memory_format=torch.channels_last)).cpu().numpy()
         flat = pa.array(embeddings_BD.ravel(), type=pa.float32())
         vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings_BD.shape[1])
         paths = pa.array(batch["path"].tolist(), pa.string())

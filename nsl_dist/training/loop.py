@@ -48,7 +48,10 @@ def train_worker(run: Run, records: Queue, orders: Queue) -> None:
     if start.step == schedule.num_steps:
         return
     batches = _Batches(run, start)
-    training, bytes_read = _build(run, start)  # in parallel with making the first batch
+    # In parallel with making the first batch.
+    compiled = _agree_to_compile(config, records)
+    training, bytes_read = _build(run, start, compiled=compiled)
+    compile_seconds = _warm_up(training) if compiled else None
     checkpoints = _Checkpoints(training, run, records)
     agreement = Agreement(config, records, orders, first_step=start.step)
 
@@ -65,8 +68,16 @@ def train_worker(run: Run, records: Queue, orders: Queue) -> None:
             training.proxies.prefetch(labels_B, step=step + 1)
 
         if step == start.step and rank == 0:
-            num_left_out = len(start.plan.left_out)
-            records.put(AttemptStarted(step, dist.get_world_size(), start.checkpoint, bytes_read, num_left_out))
+            records.put(
+                AttemptStarted(
+                    step,
+                    dist.get_world_size(),
+                    start.checkpoint,
+                    bytes_read=bytes_read,
+                    num_left_out=len(start.plan.left_out),
+                    compile_seconds=compile_seconds,
+                )
+            )
         if shown:
             value = _finite(loss, step)
             if rank == 0:
@@ -142,29 +153,49 @@ def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassB
 
 
 class _Batches:
-    """This worker's part of each batch; the first one is requested immediately."""
+    """This worker's part of each batch, on the device before its turn comes.
+
+    From its shard to a GPU, a pixel is written four times: by the decoder, by the augmentation, into Ray's object store
+    and, from there, into pinned memory. The last copy, to the GPU, has a stream of its own, beside the step before.
+    """
 
     def __init__(self, run: Run, start: _Start) -> None:
         self._run = run
         self._rank = dist.get_rank()
         self._part_size = start.plan.batch_size // dist.get_world_size()
+        self._device = ray.train.torch.get_device()
         self._batches = iter(
-            start.streams[self._rank].iter_torch_batches(
-                batch_size=self._part_size, prefetch_batches=2, device=ray.train.torch.get_device()
-            )
+            start.streams[self._rank].iter_torch_batches(batch_size=self._part_size, prefetch_batches=2, device="cpu")
         )
-        self._first_step = start.step
-        self._first_batch = ThreadPoolExecutor(1).submit(next, self._batches)
+        self._copies: torch.cuda.Stream | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._coming = self._thread.submit(self._fetch)
 
     def next(self, step: int) -> Tensor:
-        """Return the images of iteration `step`, uint8 on the device."""
+        """Return the images of iteration `step`, uint8 on the device, and begin to fetch the next ones."""
         with _naming_damaged_shards(self._run.folder, self._run.config.data.max_damaged_shards):
-            batch = self._first_batch.result() if step == self._first_step else next(self._batches)
+            batch, copied = self._coming.result()
+        if step + 1 < self._run.schedule.num_steps:
+            self._coming = self._thread.submit(self._fetch)
         turn = (int(batch["step"][0]), int(batch["rank"][0]), len(batch["image"]))
         expected = (step, self._rank, self._part_size)
         assert turn == expected, f"expected (step, rank, images) = {expected}, got {turn}"
         images: Tensor = batch["image"]
+        if copied is not None:
+            using = torch.cuda.current_stream(self._device)
+            using.wait_event(copied)
+            images.record_stream(using)
         return images
+
+    def _fetch(self) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """Return the next batch and, on a GPU, the event after which its images are there."""
+        batch = next(self._batches)
+        if self._device.type == "cpu":
+            return batch, None
+        self._copies = self._copies or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._copies):
+            batch["image"] = batch["image"].pin_memory().to(self._device, non_blocking=True)
+        return batch, self._copies.record_event()
 
 
 @contextmanager
@@ -190,7 +221,37 @@ def _damaged_shard(error: BaseException | None) -> DamagedShardError | None:
     return error
 
 
-def _build(run: Run, start: _Start) -> tuple["TrainingStep", int]:
+def _agree_to_compile(config: TrainConfig, records: Queue) -> bool:
+    """Return whether all workers compile the model.
+
+    Raises:
+        ValueError: they were told to, but a node has no compiler.
+
+    """
+    from nsl_dist.device import has_compiler
+
+    device = ray.train.torch.get_device()
+    if config.compile == "off" or (config.compile == "auto" and device.type == "cpu"):
+        return False
+    found: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(found, has_compiler(device))
+    if not all(found):
+        missing = f"{found.count(False)} of {len(found)} workers have no compiler for torch.compile"
+        if config.compile == "on":
+            raise ValueError(f"--compile on: {missing}; install gcc (and g++ for CPUs) on their nodes")
+        if dist.get_rank() == 0:
+            records.put(Warned(0, f"the model is not compiled and trains more slowly: {missing}; install gcc there"))
+    return all(found)
+
+
+def _warm_up(training: "TrainingStep") -> float:
+    """Compile the model; return the seconds it took."""
+    started = time.monotonic()
+    training.warm_up()
+    return time.monotonic() - started
+
+
+def _build(run: Run, start: _Start, *, compiled: bool) -> tuple["TrainingStep", int]:
     """Return this worker's model, proxies and optimisers, and the number of bytes read to load them."""
     # Imported here so that the first batch is read and decoded in the meantime.
     from nsl_dist.training import checkpoint
@@ -209,6 +270,7 @@ def _build(run: Run, start: _Start) -> tuple["TrainingStep", int]:
         world_size=dist.get_world_size(),
         group=dist.group.WORLD,
         pretrained=start.checkpoint is None,
+        compiled=compiled,
     )
     if start.checkpoint is None:
         return training, 0

@@ -17,6 +17,7 @@ class AttemptStarted:
         checkpoint: the checkpoint they started from; None if they started from the beginning.
         bytes_read: bytes of the checkpoint read by the first worker.
         num_left_out: number of classes left out because their shards are damaged.
+        compile_seconds: time that the first worker took to compile the model; None: it did not.
 
     """
 
@@ -25,6 +26,7 @@ class AttemptStarted:
     checkpoint: str | None
     bytes_read: int
     num_left_out: int
+    compile_seconds: float | None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class Reporter:
             where += f" from {name}, of which the first worker read {mib:,.1f} MiB"
         if attempt.num_left_out:
             where += f", without {attempt.num_left_out:,} classes of damaged shards"
+        if attempt.compile_seconds is not None:
+            where += f", the model compiled in {duration(attempt.compile_seconds)}"
         if self.num_attempts == 1:
             self._phases.end("workers and first iteration")
             self._say(attempt.step + 1, f"training {where}\nstarted in {self._phases}")

@@ -1,5 +1,6 @@
 """One training iteration. Does not use Ray."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nsl_dist.config import TrainConfig
-from nsl_dist.data.transforms import normalise
+from nsl_dist.data.transforms import Normalise
 from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.proxies.matrix import ProxyMatrix
@@ -40,20 +41,23 @@ class TrainingStep:
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
         pretrained: bool = True,
+        compiled: bool = False,
     ) -> None:
         """Build model, proxies and optimisers for the worker with `rank` among `world_size` workers in `group`.
 
         `num_classes` counts the classes of all workers. `pretrained=False` ignores `config.model.weights`, for a
-        training that is about to load a checkpoint.
+        training that is about to load a checkpoint. `compiled`: see `warm_up`.
         """
         self.config = config
         self.device = device
         self._rank = rank
         self.group = group if world_size > 1 else None
         self.schedule = schedule
+        self.compiled = compiled
         self.dtype = autocast_dtype(config.precision, device)
         self.model = build_model(config.model, seed=config.seed, pretrained=pretrained).to(device)
         self.model.to(memory_format=torch.channels_last)
+        self._normalise = Normalise().to(device)
         self.proxies = ProxyMatrix(
             Partition(num_classes, rank, world_size),
             config.model.dim,
@@ -72,15 +76,19 @@ class TrainingStep:
         self.model.backbone.requires_grad_(everything)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = None
-        self._forward: nn.Module = self.model
+        forward: nn.Module = nn.Sequential(self._normalise, self.model)
         if trainable:
             self.optimizer = torch.optim.SGD(
-                trainable, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+                trainable,
+                lr=optim.lr,
+                momentum=optim.momentum,
+                weight_decay=optim.weight_decay,
+                fused=self.device.type == "cuda",
             )
             if self.group is not None:
-                self._forward = DistributedDataParallel(
-                    self.model, process_group=self.group, gradient_as_bucket_view=True
-                )
+                forward = DistributedDataParallel(forward, process_group=self.group, gradient_as_bucket_view=True)
+        # Around DDP, whose buckets torch.compile knows: gradients are reduced while the backward pass goes on.
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(forward, dynamic=False) if self.compiled else forward
         self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay, step=step)
 
     def run(
@@ -100,12 +108,9 @@ class TrainingStep:
         """
         if step == self.schedule.num_new_layers_steps and step > 0:
             self.begin_phase(step)
-        self.model.train()
         # Dropout and stochastic depth draw from the global generator.
         torch.manual_seed(int(np.random.default_rng((self.config.seed, step, self._rank, 1)).integers(2**63)))
-        images_bCHW = normalise(images_bCHW).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
-            embeddings_bD = self._forward(images_bCHW)
+        embeddings_bD = self.embed(images_bCHW)
         lr = self.schedule.learning_rate(step)
         lr_proxies = lr * self.config.proxies.lr_scale
         loss = self.proxies.loss(embeddings_bD, labels_B, step=step, lr=lr_proxies, accuracy=accuracy)
@@ -117,3 +122,22 @@ class TrainingStep:
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
         return loss.detach()
+
+    def warm_up(self) -> None:
+        """Compile the model, by a forward and a backward pass over blank images, and leave everything as it was."""
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        data, world_size = self.config.data, self.proxies.partition.world_size
+        size = (data.batch_size // world_size, 3, data.image_size, data.image_size)
+        embeddings_bD = self.embed(torch.zeros(size, dtype=torch.uint8, device=self.device))
+        if self.optimizer is not None:
+            torch.autograd.backward(embeddings_bD.sum())
+            self.optimizer.zero_grad()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(before[name])
+
+    def embed(self, images_bCHW: Tensor) -> Tensor:
+        """Embed uint8 images in training mode."""
+        self.model.train()
+        images_bCHW = images_bCHW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
+            return self._forward(images_bCHW)

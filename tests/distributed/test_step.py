@@ -12,7 +12,7 @@ from chaos import compare as greatest_difference
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
 from nsl_dist.data.images import decode
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.transforms import eval_transform, normalise
+from nsl_dist.data.transforms import Normalise, eval_transform
 from nsl_dist.embedder import load_embedder
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.run import MODEL_FILE, OPTIMIZER_FILE, RunFolder, rows_file
@@ -246,7 +246,7 @@ def test_a_model_alone_embeds_images(tmp_path: Path) -> None:
     data = training.config.data
     cropped = torch.stack([eval_transform(decode(each), data) for each in encoded])
     with torch.inference_mode():
-        expected = training.model.eval()(normalise(cropped)).numpy()
+        expected = training.model.eval()(Normalise()(cropped)).numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     with pytest.raises(ValueError, match="bytes: "):
         embedder([b"no image"])

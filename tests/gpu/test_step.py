@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
-from nsl_dist.data.transforms import normalise
+from nsl_dist.data.transforms import Normalise
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.step import TrainingStep
 from tests.support.networks import remove_kinks
@@ -114,7 +114,7 @@ def test_feature_maps_stay_channels_last(device: torch.device) -> None:
             module.register_forward_hook(
                 lambda *call: formats.append(call[2].is_contiguous(memory_format=torch.channels_last))
             )
-    images = normalise(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device=device))
+    images = Normalise().to(device)(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device=device))
     with torch.inference_mode():
         ours = model(images.contiguous(memory_format=torch.channels_last))
         expected = nchw(images)

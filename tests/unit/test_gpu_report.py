@@ -137,7 +137,6 @@ def test_a_part_that_fails_is_reported() -> None:
                 for each in (
                     "plain bf16 nhwc",
                     "ours bf16 nhwc",
-                    "ours float32 nhwc",
                     "ours many classes",
                     "without loss",
                 )

@@ -114,7 +114,11 @@ def test_jpegs_are_decoded_to_no_more_than_is_needed(orientation: int) -> None:
     asked_of = []
 
     def decoded(*least: int) -> np.ndarray:
-        return decode(content, least=lambda *size: asked_of.append(size) or least).numpy().astype(float)
+        def needed(*size: int) -> tuple[float, float]:
+            asked_of.append(size)
+            return least[0], least[1]
+
+        return decode(content, least=needed).numpy().astype(float)
 
     h, w = HEIGHT, WIDTH
     few, some, many, most = (h, w), (h, w + 1), (4 * h, 1), (4 * h + 1, 1)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nsl_dist.config import ModelConfig, OptimConfig, TrainConfig
-from nsl_dist.data.transforms import normalise
+from nsl_dist.data.transforms import Normalise
 from nsl_dist.embedder import describe, weights_of
 from nsl_dist.model import GeneralizedMean, build_model
 from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
@@ -97,7 +97,7 @@ def test_timm_backbones_see_images_as_they_were_pretrained_on() -> None:
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     plain = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=0).eval()
     plain.load_state_dict(model.get_submodule("backbone.1").state_dict())
-    torch.testing.assert_close(model.backbone(normalise(pixels)), plain(pixels / 127.5 - 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.backbone(Normalise()(pixels)), plain(pixels / 127.5 - 1), rtol=1e-3, atol=1e-3)
 
 
 def test_timm_weights_from_a_file_of_the_whole_classifier(tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ def test_a_record_that_fails_does_not_take_the_others_with_it(
     records: queue.Queue[object] = queue.Queue()
     reporter = Reporter(records, tracker, Schedule(OptimConfig(epochs=2), 50), Phases())
     for record in (
-        AttemptStarted(step=0, world_size=1, checkpoint=None, bytes_read=0, num_left_out=0),
+        AttemptStarted(0, 1, None, bytes_read=0, num_left_out=0, compile_seconds=None),
         NodeMeasured({}),  # nothing to log: the tracker does not expect that
         METRICS,
         Warned(10, "worker 0 cannot write"),
-        AttemptStarted(step=5, world_size=2, checkpoint="/x/checkpoint_000000005", bytes_read=2**20, num_left_out=3),
+        AttemptStarted(5, 2, "/x/checkpoint_000000005", bytes_read=2**20, num_left_out=3, compile_seconds=70.0),
         METRICS,  # repeated
         CheckpointWritten(10, "checkpoint_000000010", 1.0, 0.5),
         Left(10),
@@ -51,6 +51,7 @@ def test_a_record_that_fails_does_not_take_the_others_with_it(
     assert "step 1: training on 1 worker\n" in said
     assert "training continues on 2 workers from checkpoint_000000005, of which the first worker read 1.0 MiB" in said
     assert "without 3 classes of damaged shards" in said
+    assert "of damaged shards, the model compiled in 1 min 10 s, " in said
     assert "at least 5 steps repeated" in said
     assert "step 10: worker 0 cannot write" in said
     assert said.count("warning: ") == 2  # at once and at the end

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from nsl_dist.config import DataConfig
 from nsl_dist.data.images import decode
 from nsl_dist.data.transforms import (
+    Normalise,
     augment,
     crop_draws,
     eval_transform,
     least_to_crop,
     least_to_resize,
-    normalise,
     random_crop,
     resize,
 )
@@ -113,4 +113,4 @@ def test_eval_takes_the_centre() -> None:
 
 def test_normalise() -> None:
     pixels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    torch.testing.assert_close(normalise(pixels)[0, :, 0, 0], torch.tensor([2.2489, 2.4286, 2.64]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(Normalise()(pixels)[0, :, 0, 0], torch.tensor([2.2489, 2.4286, 2.64]), atol=1e-4, rtol=0)
