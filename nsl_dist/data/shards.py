@@ -444,9 +444,10 @@ def prepare(data: DataSource, *, out: str, max_undecodable: float) -> Manifest:
         "unused": beside.files,
         "empty_folders": beside.folders,
         "split_by": data.split_by,
-        "max_edge": data.max_edge,
-        "num_reencoded": sum(report["num_reencoded"] for report in reports),
     }
+    if data.max_edge is not None:
+        content["max_edge"] = data.max_edge
+        content["num_reencoded"] = sum(report["num_reencoded"] for report in reports)
     storage.write_bytes(storage.join(out, MANIFEST_FILE), json.dumps(content, indent=1).encode())
     return load_manifest(out)
 

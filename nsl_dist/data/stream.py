@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # torch takes seconds to import, so only the decoding tasks import it, not the split coordinator.
 
 BLOCKS_AHEAD = 16  # per worker, maximum number waiting in the object store
-MOST_STEPS = 32  # per block; the first step has to wait for the whole block
+MOST_STEPS = 32  # per block
+FIRST_STEPS = 2  # in the first block of each worker, for the whole of which its first step has to wait
 BLOCK_BYTES = 24 * 2**20  # maximum; small batches share a block, since each task costs time to schedule
 TASK_CPUS = 0.5  # two tasks share a core: one works while the other finishes or waits for input
 COMPLETION_SECONDS = 0.03  # how quickly Ray Data notices finished tasks
@@ -42,7 +43,7 @@ class _Blocks:
 
     Attributes:
         last_step: one past the last step of the stream.
-        num_steps: batches per block; the last block may have fewer.
+        num_steps: batches per block; the first has `FIRST_STEPS` at most, and the last may have fewer.
         part_size: images per worker and batch.
 
     """
@@ -63,7 +64,7 @@ class _Blocks:
     @property
     def count(self) -> int:
         """Number of blocks, over all workers."""
-        return math.ceil((self.last_step - self.first_step) / self.num_steps) * self.world_size
+        return (1 + math.ceil(max(0, self.last_step - self._second) / self.num_steps)) * self.world_size
 
     @property
     def num_bytes(self) -> int:
@@ -72,8 +73,16 @@ class _Blocks:
 
     def place(self, turn: int) -> tuple[range, int]:
         """Return the steps and the rank of a block; blocks are ordered by (steps, rank)."""
-        begin = self.first_step + turn // self.world_size * self.num_steps
-        return range(begin, min(begin + self.num_steps, self.last_step)), turn % self.world_size
+        turn, rank = divmod(turn, self.world_size)
+        if turn == 0:
+            return range(self.first_step, self._second), rank
+        begin = self._second + (turn - 1) * self.num_steps
+        return range(begin, min(begin + self.num_steps, self.last_step)), rank
+
+    @property
+    def _second(self) -> int:
+        """First step of the second block."""
+        return min(self.first_step + min(FIRST_STEPS, self.num_steps), self.last_step)
 
 
 def planned_batches(

@@ -21,7 +21,7 @@ import ray.data
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from nsl_dist import cluster, storage
+from nsl_dist import cluster, ray_internals, storage
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.shards import Manifest, Split
 from nsl_dist.progress import Progress
@@ -142,7 +142,9 @@ def _embedded(
     num_images = sum(shard.num_images for shard in shards)
     pieces = _pieces(shards, splits, BATCHES_AT_ONCE * config.eval.batch_size)
     read = _reader(pieces, shards, splits, config)
-    work = ray.data.range(len(pieces), override_num_blocks=len(pieces))
+    places = pa.table({"id": np.arange(len(pieces))})
+    # Not `ray.data.range`, whose tasks would wait for a CPU while the actors have all of them.
+    work = ray_internals.dataset_of_rows(places, ray.data.DataContext.get_current())
     # Few images are not worth the start of many processes.
     most_actors = min(num_gpus or cluster.totals()[0], math.ceil(num_images / config.eval.batch_size))
     if num_gpus:
@@ -164,6 +166,7 @@ def _embedded(
             fn_constructor_args=(weights and ray.put(weights), config, most_actors, read),
             batch_size=None,
             num_cpus=1,
+            runtime_env={"env_vars": cluster.KEEP_FREED_MEMORY},
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, initial_size=min(free, most_actors), max_size=most_actors, max_tasks_in_flight_per_actor=2
             ),

@@ -362,10 +362,10 @@ def _wait_for_cluster(config: EvaluateConfig) -> int:
         ValueError: the cluster has no room and cannot make any.
 
     """
-    cluster.connect(num_cpus=2)
+    cluster.connect(num_cpus=1)
     on_gpus = cluster.settle_device(config.device) == "cuda"
     cluster.wait_for(
-        {"reading": (1, {"CPU": 1}), "embedding": (1, {"GPU": 1} if on_gpus else {"CPU": 1})},
+        {"reading": (1 if on_gpus else 0, {"CPU": 1}), "embedding": (1, {"GPU": 1} if on_gpus else {"CPU": 1})},
         minutes=config.wait_for_nodes,
         fix="choose another --device, or add nodes",
     )

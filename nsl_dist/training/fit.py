@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 from ray.train import ControllerError, TrainingFailedError
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -28,11 +27,11 @@ from nsl_dist.training.records import Evaluated, NodeMeasured
 from nsl_dist.training.reporting import Reporter
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from nsl_dist.tracking.tracker import Tracker
 
 RESIZE_SECONDS = 30.0  # how often an elastic run looks for new nodes
-# glibc keeps freed memory for the next step; having the kernel zero new pages takes a twentieth of a step.
-KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 LEAVE_SECONDS = 10.0  # allowed for a stopped training to end once its checkpoint is written
 RAY_TRAIN_RECORD = "checkpoint_manager_snapshot.json"  # in the folder of a run
 LASTING_ERRORS = (ValueError, FloatingPointError)  # raised by workers; would recur after a restart
@@ -137,7 +136,9 @@ def _write_trace(error: Exception, folder: RunFolder) -> str:
     return location
 
 
-def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
+def _trainer(run: Run, records: Queue, orders: Queue) -> "TorchTrainer":
+    from ray.train.torch import TorchTrainer  # torch takes seconds to import; by now another thread has done so
+
     config = run.config
     assert config.worker_range is not None
     fewest, most = config.worker_range
@@ -165,7 +166,7 @@ def _trainer(run: Run, records: Queue, orders: Queue) -> TorchTrainer:
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if config.device == "cpu" else {},
+            worker_runtime_env={"env_vars": cluster.KEEP_FREED_MEMORY} if config.device == "cpu" else {},
             callbacks=[_StopAtLastingErrors()],
         ),
         validation_config=ray.train.ValidationConfig(

@@ -1,4 +1,4 @@
-"""Test of the model before a run. A module of its own, so that its task imports little besides torchvision."""
+"""Test of the model before a run. A module of its own, since torchvision takes seconds to import."""
 
 from nsl_dist.config import TrainConfig
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from nsl_dist import cluster, storage
@@ -31,16 +30,15 @@ from nsl_dist.run import FAILURES_FILE, MODEL_FILE, RESULTS_FILE, Run, RunFolder
 from nsl_dist.schedule import Schedule
 from nsl_dist.stopping import before_a_stop
 from nsl_dist.training.fit import fit, worker_resources
-from nsl_dist.training.preflight import check_model
 from nsl_dist.training.results import TrainingResults
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
 
-# CPUs besides the training workers': one to decode, and for evaluation during training one each to decode and embed.
+# CPUs besides the training workers': one to decode, and one for evaluation during training, which embeds on CPUs.
 DATA_CPUS = 1
 ADVISED_CLASSES = 50  # for training
-MID_RUN_EVAL_CPUS = 2
+MID_RUN_EVAL_CPUS = 1
 CLASSES_SHOWN = 12
 
 
@@ -62,12 +60,12 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
     spent = Phases()
     config, source = _check(config)
     folder = RunFolder.of(config)
-    tracker = _connect(config, folder)
+    tracker, check = _connect(config, folder)
     start = Phases(began=cluster.submitted_at() or called_at)
     start.end("job, Ray and MLflow")
     config = _settle(config)
     start.end("nodes")
-    manifest = _open_data(config, folder, source)
+    manifest = _open_data(config, source, check)
     config = fit_batch(config, manifest.split("train").sizes)  # again: classes may have gone with undecodable images
     start.end("data and model")
     run = begin(config, folder, manifest, tracker)
@@ -225,8 +223,11 @@ def refuse_to_change(config: TrainConfig) -> None:
         )
 
 
-def _connect(config: TrainConfig, folder: RunFolder) -> "Tracker":
-    """Connect to MLflow and Ray at the same time; each takes seconds.
+def _connect(config: TrainConfig, folder: RunFolder) -> tuple["Tracker", Future[None]]:
+    """Connect to MLflow and Ray, and begin to try out the model of a new run, all at the same time: each takes seconds.
+
+    Returns:
+        The connection to MLflow, and what fails if the model does.
 
     Raises:
         ValueError: the run is finished or was started with other options, or MLflow cannot be used.
@@ -239,15 +240,21 @@ def _connect(config: TrainConfig, folder: RunFolder) -> "Tracker":
         goes_on = folder.mlflow_run_id() is not None
         return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
 
+    def try_model() -> None:
+        from nsl_dist.training.preflight import check_model  # torchvision takes seconds to import
+
+        if folder.newest_checkpoint() is None:
+            check_model(config)
+
     doing("starting Ray and MLflow")
-    pool = ThreadPoolExecutor(1)
-    opening = pool.submit(open_tracking)
-    pool.shutdown(wait=False)  # its thread ends with the work
+    pool = ThreadPoolExecutor(2)
+    opening, check = pool.submit(open_tracking), pool.submit(try_model)
+    pool.shutdown(wait=False)  # its threads end with the work
     _refuse_to_train_again(config, folder, opening)
     refuse_to_change(config)
     _, most_workers = config.worker_range or (1, 1)
     cluster.connect(num_cpus=cpus_needed(config, most_workers))
-    return opening.result()  # reports a wrong URI before nodes are requested
+    return opening.result(), check  # reports a wrong URI before nodes are requested
 
 
 def _refuse_to_train_again(config: TrainConfig, folder: RunFolder, opening: "Future[Tracker]") -> None:
@@ -316,10 +323,9 @@ def _worker_range(config: TrainConfig) -> tuple[int, int]:
     return config.worker_range
 
 
-def _open_data(config: TrainConfig, folder: RunFolder, source: DataSource | None) -> Manifest:
-    """Open the data, preparing it if needed; for a new run, a task checks the model at the same time."""
+def _open_data(config: TrainConfig, source: DataSource | None, check: Future[None]) -> Manifest:
+    """Open the data, preparing it if needed, and wait for the check of the model."""
     doing("opening the data and trying out the model")
-    check = ray.remote(check_model).remote(config) if folder.newest_checkpoint() is None else None
     if source is None:
         print(
             "No --data.root: training on built-in synthetic products, rendered once. To use the real data set:\n"
@@ -328,8 +334,7 @@ def _open_data(config: TrainConfig, folder: RunFolder, source: DataSource | None
         )
         source = synthetic_data(config.storage)
     manifest = open_data(source, storage_root=config.storage, max_undecodable=config.data.max_undecodable)
-    if check is not None:
-        cluster.get(check)
+    check.result()
     return manifest
 
 
