@@ -33,6 +33,8 @@ INSIDE = "NSL_TEST_IN_OWN_PROCESS"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= PATIENT_RAY  # read when Ray is imported
 
+import tests.support.interpreter  # noqa: E402, F401  # before any test imports what imports Triton
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reverse", action="store_true", help="run the last test first")

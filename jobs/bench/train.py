@@ -24,6 +24,9 @@ and initial weights are the same. The twin has at least as many data processes, 
 GPUs there is also a compiled twin; `ratio to synthetic` compares with our step on images that are on the GPU, and
 `utilisation` is that of part `gpu`.
 
+embedding: the embedding of an evaluation, a plain loop over a DataLoader with a process per core, and the forward pass
+alone on every core or GPU, compiled on GPUs.
+
 gpu: steps on tensors in GPU memory, by precision, memory format, compiler and optimiser. Utilisation is the FLOPs of
 forward and backward pass divided by the peak for dense bfloat16. `ours` is nsl_dist's step, with its ratio to the
 equivalent plain one. `many classes` samples a tenth of them; `added` is relative to the same model without any loss.
@@ -48,6 +51,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
 
+import embedding
 import gpu_steps
 import numpy as np
 import ray
@@ -83,7 +87,9 @@ Row = dict[str, Any]
 class BenchConfig:
     """What to measure; all other flags are those of jobs/train_sop.py."""
 
-    parts: tuple[Literal["stages", "data", "training", "gpu"], ...] = ("stages", "data", "training", "gpu")
+    parts: tuple[Literal["stages", "data", "training", "embedding", "gpu"], ...] = (
+        "stages", "data", "training", "embedding", "gpu"
+    )  # fmt: skip
     """Parts of the benchmark to run."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of training workers."""
@@ -389,11 +395,46 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
     return rows
 
 
-# Part 4: the step on a GPU.
+# Part 4: embedding.
+
+
+def embedded(work: Work, bench: BenchConfig) -> list[Row]:
+    """Run part 4."""
+    on_cpus = work.device.type == "cpu"
+    manifest = load_manifest(str(work.config.data.root))
+    other = manifest.evaluation_splits[1]
+    rates: dict[str, list[float]] = defaultdict(list)
+    starts = []
+    for _ in range(bench.turns):
+        # What the training images add to those of the test is without the start.
+        (fewer,) = run_apart(embedding.our_seconds, work, (other,))
+        (all_of_them,) = run_apart(embedding.our_seconds, work, (other, "train"))
+        rates["ours"].append(work.split.num_images / (all_of_them - fewer))
+        starts.append(fewer - manifest.split(other).num_images / rates["ours"][-1])
+        rates["loop"] += run_apart(embedding.loop_rate, work, CORES)
+        os.environ |= cluster.KEEP_FREED_MEMORY if on_cpus else {}
+        count = CORES if on_cpus else torch.cuda.device_count()
+        rates["forward"].append(sum(run_apart(embedding.forward_rate, work, bench.turns, 1, count=count)))
+        for name in cluster.KEEP_FREED_MEMORY if on_cpus else {}:
+            del os.environ[name]
+    forward = statistics.median(rates["forward"])
+    return [
+        {
+            "implementation": name,
+            "images_per_second": statistics.median(each),
+            "lowest": min(each),
+            "ratio_to_forward": statistics.median(each) / forward,
+            "start_seconds": statistics.median(starts) if name == "ours" else None,
+        }
+        for name, each in rates.items()
+    ]
+
+
+# Part 5: the step on a GPU.
 
 
 def gpu(work: Work, bench: BenchConfig) -> list[Row]:
-    """Run part 4."""
+    """Run part 5."""
     (rows,) = run_apart(gpu_steps.measure, work, bench.turns, bench.proxy_classes)
     return list(rows)
 
@@ -441,7 +482,7 @@ def main() -> None:
     plan = ClassBalancedPlan(split.sizes, config.data.batch_size, config.data.images_per_class, config.seed)
     work = Work(config, plan, split)
     device = torch.cuda.get_device_name() if cuda else "cpu"
-    measures = {"stages": stages, "data": data, "training": training, "gpu": gpu}
+    measures = {"stages": stages, "data": data, "training": training, "embedding": embedded, "gpu": gpu}
     for part in bench.parts:
         if part == "gpu" and not cuda:
             print("skipping gpu: there is no GPU", flush=True)

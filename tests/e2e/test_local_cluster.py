@@ -24,7 +24,7 @@ def test_a_job_gets_the_nodes_that_it_needs(local: LocalCluster, raw: Path, tmp_
     assert status == 0, output
     for text in (
         "cluster  0 CPUs and 0 GPUs on 1 node; "
-        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 2 x evaluation in mid-run (1 CPU)",
+        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 1 x evaluation in mid-run (1 CPU)",
         "step 7/7",
         f"results: {tmp_path}/runs/first/results.json",
     ):

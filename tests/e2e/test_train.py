@@ -40,7 +40,7 @@ def test_results(trained: TrainedRun) -> None:
 def test_output_says_what_it_does_and_found(trained: TrainedRun) -> None:
     output, storage = trained.output, trained.storage
     for text in (
-        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 2 x evaluation in mid-run (1 CPU)",
+        "this takes 2 x training (1 CPU), 1 x reading (1 CPU), 1 x evaluation in mid-run (1 CPU)",
         "140 images of 20 classes",
         "41 images of 9 unseen classes, 1 with a single image, always missed",
         "20 x 16, 50% sampled in each iteration; each worker keeps 10 in float32, 0.0 MiB with the state of sgd",

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tests.support.interpreter  # noqa: F401
 from nsl_dist.config import ProxyConfig
 from nsl_dist.proxies import torch_step
 from nsl_dist.proxies.matrix import ProxyMatrix
