@@ -32,8 +32,9 @@ class PrepareConfig:
     test_classes: str | None = None
     """File with the class folders for test, one a line, instead of drawing them."""
     max_edge: int | None = None
-    """Re-encode images that have a side of more pixels, so that they fit: upright, as JPEG of quality 95. Twice the
-    input size of training is plenty. If None, images are kept as they are."""
+    """Re-encode images that have a side of more pixels, so that they fit: upright, as JPEG of quality 95. It should be
+    at least 1.2 times the input size of training, divided by the square root of --data.crop-area. If None, images are
+    kept as they are."""
     max_undecodable: float = 0.01
     """Fraction of the images that may fail to decode; unless it is 0, a few may always. They are listed and skipped."""
     wait_for_nodes: float = 15.0

@@ -452,8 +452,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast type of the backbone. auto: bfloat16 on GPUs that support it, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile, which takes up to a minute at the start, or seconds from its cache. auto:
-    when training on GPUs, if the nodes have a C compiler."""
+    """Compile the model with torch.compile, which takes up to a minute, or seconds from its cache, at the start and
+    when all layers begin to train. auto: on GPUs, unless batch norm is synchronised or the compiler does not work."""
     wait_for_nodes: float = 15.0
     """Minutes to wait at the start for missing nodes, which are requested from the autoscaler."""
     max_failures: int = 3
@@ -536,7 +536,7 @@ def flatten(config: "TrainConfig | EvaluateConfig") -> dict[str, Any]:
     return flat
 
 
-# May change when a run is resumed: affects neither the batches nor what they do to the model.
+# May change when a run is resumed: affects neither the batches nor, but for rounding, what they do to the model.
 FREE_TO_CHANGE = re.compile(
     r"recipe|storage|run_name|num_workers|cpus_per_worker|threads|device|compile|wait_for_nodes|max_failures|"
     r"checkpoint\..*|eval\..*|tracking\..*|data\.(root|layout|split|test_share|test_classes|fit_batch|max_undecodable|max_damaged_shards)|proxies\.(placement|directory|memory)"

@@ -24,7 +24,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 def has_compiler(device: torch.device) -> bool:
     """Return whether this machine has the compiler that torch.compile calls: of C for GPUs, of C++ for CPUs."""
-    variable, names = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("c++", "g++", "clang++"))
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
     chosen = os.environ.get(variable)
     return any(map(shutil.which, [chosen] if chosen else names))
 

@@ -21,11 +21,11 @@ with a consumer that does nothing, and torch's DataLoader with as many processes
 training: the training of jobs/train_sop.py against a twin in plain PyTorch: DataLoader, DistributedDataParallel and
 torch.optim.SGD, with a dense softmax over all proxies as an ordinary parameter. Model, batches, augmentation, threads
 and initial weights are the same. The twin has at least as many data processes, the same number on every worker. On
-GPUs there is also a compiled twin; `ratio to synthetic` compares with our step on images that are on the GPU, and
-`utilisation` is that of part `gpu`.
+GPUs there is also a compiled twin, which the ratio is to; `ratio to synthetic` compares with our step on images that
+are on the GPU, and `utilisation` is that of part `gpu`.
 
-embedding: the embedding of an evaluation, a plain loop over a DataLoader with a process per core, and the forward pass
-alone on every core or GPU, compiled on GPUs.
+embedding: the embedding of an evaluation, a plain loop over a DataLoader with a process per core (and one GPU), and the
+forward pass alone on every core or GPU, compiled on GPUs.
 
 gpu: steps on tensors in GPU memory, by precision, memory format, compiler and optimiser. Utilisation is the FLOPs of
 forward and backward pass divided by the peak for dense bfloat16. `ours` is nsl_dist's step, with its ratio to the
@@ -50,6 +50,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import embedding
 import gpu_steps
@@ -387,7 +388,7 @@ def training(work: Work, bench: BenchConfig) -> list[Row]:
                 "data_wait_share": statistics.median(each.data_wait_share for each in trained),
                 "first_loss": trained[0].first_loss,
                 "scaling": rates[workers, name] / rates[fewest, name],
-                "ratio_to_twin": rates[workers, name] / rates[workers, "twin"],
+                "ratio_to_twin": rates[workers, name] / rates[workers, twins[-1]],
                 "ratio_to_synthetic": rates[workers, name] / workers / synthetic if synthetic else None,
                 "utilisation": rates[workers, name] / workers * flops / work.plan.batch_size / peak if peak else None,
             }
@@ -412,11 +413,9 @@ def embedded(work: Work, bench: BenchConfig) -> list[Row]:
         rates["ours"].append(work.split.num_images / (all_of_them - fewer))
         starts.append(fewer - manifest.split(other).num_images / rates["ours"][-1])
         rates["loop"] += run_apart(embedding.loop_rate, work, CORES)
-        os.environ |= cluster.KEEP_FREED_MEMORY if on_cpus else {}
         count = CORES if on_cpus else torch.cuda.device_count()
-        rates["forward"].append(sum(run_apart(embedding.forward_rate, work, bench.turns, 1, count=count)))
-        for name in cluster.KEEP_FREED_MEMORY if on_cpus else {}:
-            del os.environ[name]
+        with patch.dict(os.environ, cluster.KEEP_FREED_MEMORY if on_cpus else {}):
+            rates["forward"].append(sum(run_apart(embedding.forward_rate, work, bench.turns, count=count)))
     forward = statistics.median(rates["forward"])
     return [
         {

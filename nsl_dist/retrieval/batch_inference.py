@@ -8,9 +8,11 @@ import functools
 import hashlib
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -45,6 +47,7 @@ def embeddings_key(weights: bytes | None, config: TrainConfig, manifest: Manifes
         "weights": config.seed if weights is None else hashlib.sha256(weights).hexdigest(),
         "images": [config.data.image_size, config.data.crop_ratio, config.precision, num_gpus > 0],
         "data": manifest.digest,
+        "decoding": 2,  # goes up when images are decoded or resized in another way
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -56,6 +59,7 @@ def embed(
     *,
     out: str,
     num_gpus: int,
+    most_cpus: int | None = None,
     splits: tuple[str, ...] | None = None,
 ) -> dict[str, EmbeddingSet]:
     """Embed every image of some splits exactly once.
@@ -70,6 +74,7 @@ def embed(
         manifest: of the data set.
         out: folder or URI to write to.
         num_gpus: actors that embed, each on a GPU; 0 embeds on CPUs, in as many actors as the cluster has room for.
+        most_cpus: actors on CPUs at most; None: as many as the cluster has CPUs.
         splits: which to embed, each with labels of its own. None: those of the evaluation, with common labels.
 
     Returns:
@@ -86,7 +91,7 @@ def embed(
     opened = {name: manifest.split(name) for name in dict.fromkeys(splits or manifest.evaluation_splits)}
     shards = [shard for name, split in opened.items() for shard in _shards_of(name, split)]
     missing = _without_written(shards, out)
-    batches = _embedded(missing, opened, weights, config, num_gpus=num_gpus)
+    batches = _embedded(missing, opened, weights, config, num_gpus=num_gpus, most_cpus=most_cpus)
     _write_files(batches, missing, opened, labels, out=out)
     sets = [_embedding_set(name, shards, location=out, dim=config.model.dim) for name in opened]
     write_index(out, sets)
@@ -134,7 +139,13 @@ def _without_written(shards: list[_Shard], out: str) -> list[_Shard]:
 
 
 def _embedded(
-    shards: list[_Shard], splits: dict[str, Split], weights: bytes | None, config: TrainConfig, *, num_gpus: int
+    shards: list[_Shard],
+    splits: dict[str, Split],
+    weights: bytes | None,
+    config: TrainConfig,
+    *,
+    num_gpus: int,
+    most_cpus: int | None,
 ) -> Iterator[pa.Table]:
     """Yield batches of embeddings in any order, with `shard` (its place in `shards`), `id`, `path` and `vector`."""
     if not shards:
@@ -146,7 +157,8 @@ def _embedded(
     # Not `ray.data.range`, whose tasks would wait for a CPU while the actors have all of them.
     work = ray_internals.dataset_of_rows(places, ray.data.DataContext.get_current())
     # Few images are not worth the start of many processes.
-    most_actors = min(num_gpus or cluster.totals()[0], math.ceil(num_images / config.eval.batch_size))
+    most_actors = num_gpus or most_cpus or max(1, cluster.totals()[0])
+    most_actors = min(most_actors, math.ceil(num_images / config.eval.batch_size))
     if num_gpus:
         embedded = work.map_batches(read, batch_size=None, num_cpus=1, **cluster.prefer_cpu_nodes()).map_batches(
             _Embedder,
@@ -356,8 +368,9 @@ class _Embedder:
             except ray.exceptions.ReferenceCountingAssertionError:
                 return  # the other actors embedded everything before this one started: it gets no batch
             load_weights(model, content, location="the checkpoint")
+        model.to(memory_format=torch.channels_last)
         self.forward = torch.nn.Sequential(Normalise(), model).eval().to(self.device)
-        self.forward.to(memory_format=torch.channels_last)
+        self.streams = threading.local()  # one for each call at a time
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
         for batch in [rows] if self.read is None else self.read(rows):
@@ -366,13 +379,16 @@ class _Embedder:
     def _embed(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
         import torch
 
-        images = torch.from_numpy(batch["image"])
+        images, stream = torch.from_numpy(batch["image"]), None
+        if self.device.type == "cuda":
+            stream = self.streams.own = getattr(self.streams, "own", None) or torch.cuda.Stream(self.device)
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
-            torch.cuda.stream(torch.cuda.Stream() if self.device.type == "cuda" else None),
+            # Threads would share the cache of weights.
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False),
+            nullcontext() if stream is None else torch.cuda.stream(stream),
         ):
-            if self.device.type == "cuda":
+            if stream is not None:
                 images = images.pin_memory().to(self.device, non_blocking=True)
             embeddings_BD = self.forward(images.contiguous(memory_format=torch.channels_last)).cpu().numpy()
         flat = pa.array(embeddings_BD.ravel(), type=pa.float32())

@@ -51,7 +51,13 @@ RECALL_AT: dict[Layout, tuple[int, ...]] = {
 
 
 def evaluate(
-    weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int, failures: str | None = None
+    weights: str | None,
+    config: TrainConfig,
+    manifest: Manifest,
+    *,
+    num_gpus: int,
+    most_cpus: int | None = None,
+    failures: str | None = None,
 ) -> EvaluationResults:
     """Evaluate on the test split, every image querying the rest, or on the query split against the gallery.
 
@@ -61,6 +67,7 @@ def evaluate(
             storage, and are kept for the next evaluation.
         manifest: of the data set.
         num_gpus: GPUs to embed and search with; 0 uses CPUs.
+        most_cpus: see `embed`.
         failures: file or URI for a table of all queries whose nearest neighbour by float embeddings is of another
             class (see `_write_failures`); None: it is not written.
 
@@ -70,7 +77,8 @@ def evaluate(
     """
     check_index(config.eval, config.model.dim)
     seconds: dict[str, float] = {}
-    location, sets = _embed(weights, config, manifest, num_gpus=num_gpus, seconds=seconds)
+    with _timed(seconds, "embed"):
+        location, sets = _embed(weights, config, manifest, num_gpus=num_gpus, most_cpus=most_cpus)
     task = _retrieval_task(sets, manifest, config.eval)
     ranks: dict[Kind, Ranks] = {}
     nmi: dict[Kind, float] = {}
@@ -144,14 +152,13 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _embed(
-    weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int, seconds: dict[str, float]
+    weights: str | None, config: TrainConfig, manifest: Manifest, *, num_gpus: int, most_cpus: int | None
 ) -> tuple[str, dict[str, EmbeddingSet]]:
     """Return where the embeddings are, and those of each split of the evaluation."""
     content = storage.read_bytes(weights) if weights is not None else None
     key = embeddings_key(content, config, manifest, num_gpus=num_gpus)
     location = storage.join(config.storage, "embeddings", key)
-    with _timed(seconds, "embed"):
-        return location, embed(content, config, manifest, out=location, num_gpus=num_gpus)
+    return location, embed(content, config, manifest, out=location, num_gpus=num_gpus, most_cpus=most_cpus)
 
 
 def _retrieval_task(sets: dict[str, EmbeddingSet], manifest: Manifest, config: EvalConfig) -> _RetrievalTask:

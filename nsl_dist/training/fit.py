@@ -9,7 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,6 +19,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nsl_dist import cluster, storage
+from nsl_dist.background import in_background
 from nsl_dist.config import TrainConfig
 from nsl_dist.progress import Phases, doing, output
 from nsl_dist.retrieval.evaluation import evaluate
@@ -137,7 +138,7 @@ def _write_trace(error: Exception, folder: RunFolder) -> str:
 
 
 def _trainer(run: Run, records: Queue, orders: Queue) -> "TorchTrainer":
-    from ray.train.torch import TorchTrainer  # torch takes seconds to import; by now another thread has done so
+    from ray.train.torch import TorchTrainer  # torch takes seconds to import, in which Ray starts
 
     config = run.config
     assert config.worker_range is not None
@@ -197,8 +198,11 @@ def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, record
     cluster.quiet_ray_data()
     config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, nmi=False))
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE)
+    assert config.worker_range is not None
+    spare_cpus = cluster.totals()[0] - config.worker_range[1] * config.cpus_per_worker
     with output("quiet"):  # Ray would print its progress with a prefix, between the lines of the training
-        results = evaluate(weights, config, run.manifest, num_gpus=0)  # training holds the GPUs
+        # Training holds the GPUs, and needs some of the CPUs that its workers leave to decode.
+        results = evaluate(weights, config, run.manifest, num_gpus=0, most_cpus=max(1, spare_cpus // 2))
     run.folder.keep_best(step, recall=results.recall["float"])
     records.put(Evaluated(step, results))
     return results.metrics_by_name()
@@ -253,19 +257,11 @@ def _run_until_stopped(
             handler(number, frame)
         received.append(number)
 
-    done: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        threading.Thread(target=run, daemon=True).start()
+        done = in_background(work)
         ordered = False
         while not wait([done], timeout=0.5).done:
             if received and not ordered:

@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from ray.util.queue import Queue
 from torch import Tensor
 
 from nsl_dist import cluster, storage
+from nsl_dist.background import in_background
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DamagedShardError, Split
@@ -48,10 +48,8 @@ def train_worker(run: Run, records: Queue, orders: Queue) -> None:
     if start.step == schedule.num_steps:
         return
     batches = _Batches(run, start)
-    # In parallel with making the first batch.
-    compiled = _agree_to_compile(config, records)
-    training, bytes_read = _build(run, start, compiled=compiled)
-    compile_seconds = _warm_up(training) if compiled else None
+    training, bytes_read = _build(run, start)  # in parallel with making the first batch
+    compile_seconds = compile_model(training, config, records) if training.compiled else None
     checkpoints = _Checkpoints(training, run, records)
     agreement = Agreement(config, records, orders, first_step=start.step)
 
@@ -155,8 +153,9 @@ def plan_of(split: Split, config: TrainConfig, *, left_out: list[str]) -> ClassB
 class _Batches:
     """This worker's part of each batch, on the device before its turn comes.
 
-    From its shard to a GPU, a pixel is written four times: by the decoder, by the augmentation, into Ray's object store
-    and, from there, into pinned memory. The last copy, to the GPU, has a stream of its own, beside the step before.
+    On its way from a shard to a GPU, an image is decoded, resized and copied six times: to the others of its batch,
+    cropped, into its block, into Ray's object store, into pinned memory, and from there to the GPU, on a stream of its
+    own and beside the step before.
     """
 
     def __init__(self, run: Run, start: _Start) -> None:
@@ -168,15 +167,14 @@ class _Batches:
             start.streams[self._rank].iter_torch_batches(batch_size=self._part_size, prefetch_batches=2, device="cpu")
         )
         self._copies: torch.cuda.Stream | None = None
-        self._thread = ThreadPoolExecutor(1)
-        self._coming = self._thread.submit(self._fetch)
+        self._coming = in_background(self._fetch)
 
     def next(self, step: int) -> Tensor:
         """Return the images of iteration `step`, uint8 on the device, and begin to fetch the next ones."""
         with _naming_damaged_shards(self._run.folder, self._run.config.data.max_damaged_shards):
             batch, copied = self._coming.result()
         if step + 1 < self._run.schedule.num_steps:
-            self._coming = self._thread.submit(self._fetch)
+            self._coming = in_background(self._fetch)
         turn = (int(batch["step"][0]), int(batch["rank"][0]), len(batch["image"]))
         expected = (step, self._rank, self._part_size)
         assert turn == expected, f"expected (step, rank, images) = {expected}, got {turn}"
@@ -221,37 +219,52 @@ def _damaged_shard(error: BaseException | None) -> DamagedShardError | None:
     return error
 
 
-def _agree_to_compile(config: TrainConfig, records: Queue) -> bool:
-    """Return whether all workers compile the model.
+def _wants_to_compile(config: TrainConfig, device: torch.device) -> bool:
+    if config.compile == "auto":
+        # Synchronised batch norm has collectives of its own, which torch.compile does not know.
+        return device.type == "cuda" and config.model.batch_norm != "sync"
+    return config.compile == "on"
+
+
+def compile_model(training: "TrainingStep", config: TrainConfig, records: Queue) -> float | None:
+    """Compile the model on all workers; return the seconds that it took.
+
+    If it fails on any of them, no worker compiles: None is returned.
 
     Raises:
-        ValueError: they were told to, but a node has no compiler.
+        ValueError: it fails, and the user asked for it.
 
     """
     from nsl_dist.device import has_compiler
 
-    device = ray.train.torch.get_device()
-    if config.compile == "off" or (config.compile == "auto" and device.type == "cpu"):
-        return False
-    found: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(found, has_compiler(device))
-    if not all(found):
-        missing = f"{found.count(False)} of {len(found)} workers have no compiler for torch.compile"
-        if config.compile == "on":
-            raise ValueError(f"--compile on: {missing}; install gcc (and g++ for CPUs) on their nodes")
-        if dist.get_rank() == 0:
-            records.put(Warned(0, f"the model is not compiled and trains more slowly: {missing}; install gcc there"))
-    return all(found)
-
-
-def _warm_up(training: "TrainingStep") -> float:
-    """Compile the model; return the seconds it took."""
     started = time.monotonic()
-    training.warm_up()
-    return time.monotonic() - started
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if has_compiler(training.device) else "no compiler: install gcc and g++")
+    if not any(failures):
+        dist.all_gather_object(failures, _failure_of(training.warm_up))
+    failure = next(filter(None, failures), None)
+    if failure is None:
+        return time.monotonic() - started
+    if config.compile == "on":
+        raise ValueError(f"--compile on: {failure}; repair it on all nodes, or train with --compile off")
+    training.wrap_model(compiled=False)
+    if dist.get_rank() == 0:
+        records.put(Warned(0, f"the model cannot be compiled, and trains more slowly: {failure}"))
+    return None
 
 
-def _build(run: Run, start: _Start, *, compiled: bool) -> tuple["TrainingStep", int]:
+def _failure_of(work: Callable[[], None]) -> str | None:
+    """Call `work`; return the reason if it fails, in a line."""
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch.compile and the compilers that it calls raise anything
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
+
+
+def _build(run: Run, start: _Start) -> tuple["TrainingStep", int]:
     """Return this worker's model, proxies and optimisers, and the number of bytes read to load them."""
     # Imported here so that the first batch is read and decoded in the meantime.
     from nsl_dist.training import checkpoint
@@ -270,7 +283,7 @@ def _build(run: Run, start: _Start, *, compiled: bool) -> tuple["TrainingStep", 
         world_size=dist.get_world_size(),
         group=dist.group.WORLD,
         pretrained=start.checkpoint is None,
-        compiled=compiled,
+        compiled=_wants_to_compile(run.config, device),
     )
     if start.checkpoint is None:
         return training, 0

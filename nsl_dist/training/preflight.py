@@ -1,4 +1,4 @@
-"""Test of the model before a run. A module of its own, since torchvision takes seconds to import."""
+"""Test of the model before a run."""
 
 from nsl_dist.config import TrainConfig
 

@@ -76,7 +76,6 @@ class TrainingStep:
         self.model.backbone.requires_grad_(everything)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = None
-        forward: nn.Module = nn.Sequential(self._normalise, self.model)
         if trainable:
             self.optimizer = torch.optim.SGD(
                 trainable,
@@ -85,11 +84,17 @@ class TrainingStep:
                 weight_decay=optim.weight_decay,
                 fused=self.device.type == "cuda",
             )
-            if self.group is not None:
-                forward = DistributedDataParallel(forward, process_group=self.group, gradient_as_bucket_view=True)
-        # Around DDP, whose buckets torch.compile knows: gradients are reduced while the backward pass goes on.
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(forward, dynamic=False) if self.compiled else forward
+        self.wrap_model(compiled=self.compiled)
         self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay, step=step)
+
+    def wrap_model(self, *, compiled: bool) -> None:
+        """Wrap the model for its forward pass."""
+        self.compiled = compiled
+        forward: nn.Module = nn.Sequential(self._normalise, self.model)
+        if self.group is not None and self.optimizer is not None:
+            forward = DistributedDataParallel(forward, process_group=self.group, gradient_as_bucket_view=True)
+        # Around DDP, whose buckets torch.compile knows: gradients are reduced while the backward pass goes on.
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(forward, dynamic=False) if compiled else forward
 
     def run(
         self, images_bCHW: Tensor, labels_B: NDArray[np.int64], *, step: int, accuracy: Tensor | None = None
@@ -128,12 +133,14 @@ class TrainingStep:
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         data, world_size = self.config.data, self.proxies.partition.world_size
         size = (data.batch_size // world_size, 3, data.image_size, data.image_size)
-        embeddings_bD = self.embed(torch.zeros(size, dtype=torch.uint8, device=self.device))
-        if self.optimizer is not None:
-            torch.autograd.backward(embeddings_bD.sum())
-            self.optimizer.zero_grad()
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(before[name])
+        try:
+            embeddings_bD = self.embed(torch.zeros(size, dtype=torch.uint8, device=self.device))
+            if self.optimizer is not None:
+                torch.autograd.backward(embeddings_bD.sum())
+        finally:
+            self.model.zero_grad()
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
 
     def embed(self, images_bCHW: Tensor) -> Tensor:
         """Embed uint8 images in training mode."""

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsl_dist import cluster, storage
+from nsl_dist.background import in_background
 from nsl_dist.config import BY_CLASSES, DataConfig, TrainConfig, differences
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import DataSource, Manifest, find_data, open_data, synthetic_data
@@ -30,6 +31,7 @@ from nsl_dist.run import FAILURES_FILE, MODEL_FILE, RESULTS_FILE, Run, RunFolder
 from nsl_dist.schedule import Schedule
 from nsl_dist.stopping import before_a_stop
 from nsl_dist.training.fit import fit, worker_resources
+from nsl_dist.training.preflight import check_model
 from nsl_dist.training.results import TrainingResults
 
 if TYPE_CHECKING:
@@ -241,15 +243,11 @@ def _connect(config: TrainConfig, folder: RunFolder) -> tuple["Tracker", Future[
         return Tracker(config.tracking.uri, storage_root=config.storage, may_be_away=goes_on)
 
     def try_model() -> None:
-        from nsl_dist.training.preflight import check_model  # torchvision takes seconds to import
-
         if folder.newest_checkpoint() is None:
             check_model(config)
 
     doing("starting Ray and MLflow")
-    pool = ThreadPoolExecutor(2)
-    opening, check = pool.submit(open_tracking), pool.submit(try_model)
-    pool.shutdown(wait=False)  # its threads end with the work
+    opening, check = in_background(open_tracking), in_background(try_model)
     _refuse_to_train_again(config, folder, opening)
     refuse_to_change(config)
     _, most_workers = config.worker_range or (1, 1)

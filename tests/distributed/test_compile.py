@@ -1,7 +1,11 @@
 """A compiled model trains like the one that is not, on one worker and under DDP."""
 
+import dataclasses
 import functools
+import queue
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -14,6 +18,7 @@ from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, T
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.device import has_compiler
 from nsl_dist.schedule import Schedule
+from nsl_dist.training.loop import compile_model
 from nsl_dist.training.step import TrainingStep
 from tests.support.ranks import Ranks
 
@@ -72,6 +77,29 @@ def compare_with_eager(rank: int, world_size: int, backend: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_graphs_that_are_compiled(ranks: Ranks, world_size: int) -> None:
     ranks.run(compare_with_eager, world_size, "aot_eager")
+
+
+def without_compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    raise OSError("Python.h:\n not found")
+
+
+def fall_back(rank: int, world_size: int) -> None:
+    expected = run(training_step(rank, world_size, compiled=False), rank, world_size)
+    with patch.object(torch, "compile", functools.partial(torch.compile, backend=without_compiler)):
+        training = training_step(rank, world_size, compiled=True)
+        records: queue.Queue[Any] = queue.Queue()
+        with pytest.raises(ValueError, match=r"--compile on: .*OSError: Python.h: not found.*train with --compile off"):
+            compile_model(training, dataclasses.replace(CONFIG, compile="on"), records)
+        assert compile_model(training, CONFIG, records) is None
+    assert all(map(torch.equal, run(training, rank, world_size), expected))
+    said = [record.text for record in records.queue]
+    assert len(said) == (1 if rank == 0 else 0)
+    assert all("the model cannot be compiled, and trains more slowly: " in text for text in said)
+
+
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler: install g++")
+def test_training_goes_on_where_nothing_compiles(ranks: Ranks) -> None:
+    ranks.run(fall_back, 2)
 
 
 @pytest.mark.slow
