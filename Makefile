@@ -38,7 +38,7 @@ test-all: setup
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
 	rm -f build/gpu_tests.xml
-	-timeout -k 5 120 $(PYTHON_GPU) -m pytest tests/gpu -o addopts=-ra --confcutdir=tests/gpu --junit-xml=build/gpu_tests.xml
+	-timeout -k 5 180 $(PYTHON_GPU) -m pytest tests/gpu -o addopts=-ra --confcutdir=tests/gpu --junit-xml=build/gpu_tests.xml
 	$(PYTHON_GPU) jobs/bench/gpu_report.py --tests build/gpu_tests.xml $(ARGS)
 
 lint: setup

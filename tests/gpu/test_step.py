@@ -135,6 +135,20 @@ def test_training_learns(device: torch.device) -> None:
     assert losses[-1] < 0.5 * losses[0], losses
 
 
+def test_a_compiled_step_trains_as_without(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("on CPUs: distributed/test_compile.py")
+    config = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, new_layers_epochs=0))
+    alone, compiled = training_step(device, config), training_step(device, config)
+    compiled.wrap_model(compiled=True)
+    start = state_of(compiled)
+    compiled.warm_up()
+    assert all(torch.equal(each, start[name]) for name, each in state_of(compiled).items())
+    expected, losses = run(alone), run(compiled)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+    assert_changed_alike(state_of(compiled), state_of(alone), start, tolerance=1e-2)
+
+
 def test_one_rank_under_ddp_trains_as_without(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
