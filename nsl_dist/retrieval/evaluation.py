@@ -1,6 +1,7 @@
 """Evaluation of a model: embed the test images, search, and measure, with float and binary embeddings."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
 from pyarrow import csv
 
 from nsl_dist import cluster, storage
+from nsl_dist.background import in_background
 from nsl_dist.config import (
     BY_CLASSES,
     EvalConfig,
@@ -260,10 +261,11 @@ def run(config: EvaluateConfig) -> EvaluationResults:
     trained = CheckpointRecord.read(checkpoint)
     settings, weights = _settings(trained, config), storage.join(checkpoint, MODEL_FILE)
     storage.check_writable(storage_root)
+    check = in_background(functools.partial(_check_weights, weights, settings))
     tracker = _connect_to_mlflow(config)
     num_gpus = _wait_for_cluster(config)
     manifest = _open_test_data(config, settings, trained.digest)
-    _check_weights(weights, settings)
+    check.result()
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{trained.step}"
     with _tracked(tracker, config, manifest, name=name):
         iterations = f"after {trained.step:,} iterations"
@@ -434,12 +436,8 @@ def _check_weights(weights: str, config: TrainConfig) -> None:
         ValueError: they are not.
 
     """
+    from nsl_dist.embedder import load_weights  # imports torchvision, which takes seconds
+    from nsl_dist.model import build_model
 
-    def check() -> None:
-        from nsl_dist.embedder import load_weights
-        from nsl_dist.model import build_model
-
-        model = build_model(config.model, seed=config.seed, pretrained=False)
-        load_weights(model, storage.read_bytes(weights), location=weights)
-
-    cluster.get(ray.remote(check).remote())  # in a task, since torchvision takes long to import
+    model = build_model(config.model, seed=config.seed, pretrained=False)
+    load_weights(model, storage.read_bytes(weights), location=weights)
