@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "nsl_dist"
 LAYERS = {
-    "config": 0, "storage": 0, "device": 0, "progress": 0, "memory_map": 0, "ray_internals": 0,
+    "config": 0, "storage": 0, "device": 0, "background": 0, "progress": 0, "memory_map": 0, "ray_internals": 0,
     "cluster": 1, "schedule": 1, "stopping": 1, "recipes": 2, "data": 2, "proxies": 2, "run": 3, "model": 4,
     "commandline": 4, "embedder": 5, "tracking": 6, "onnx_export": 6, "retrieval": 7, "pyfunc": 8, "training": 8,
     "ablation": 9,
