@@ -16,7 +16,7 @@ from torch import nn
 from nsl_dist import storage
 from nsl_dist.config import DataConfig, ModelConfig, TrainConfig
 from nsl_dist.data.images import MOST_PIXELS, decode
-from nsl_dist.data.transforms import Normalise, eval_transform, least_to_resize
+from nsl_dist.data.transforms import Normalise, eval_transform, least_pixels
 from nsl_dist.model import EmbeddingModel, build_model
 from nsl_dist.run import BEST, DESCRIPTION_FILE, MODEL_FILE
 
@@ -70,8 +70,8 @@ class Embedder:
         """
         try:
             encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
-            least = least_to_resize(self._data.resized_edge)
-            return eval_transform(decode(encoded, least=least, most_pixels=most_pixels), self._data)
+            image_CHW = decode(encoded, least=least_pixels(self._data), most_pixels=most_pixels)
+            return eval_transform(image_CHW, self._data)
         except ValueError as error:
             raise ValueError(f"{'bytes' if isinstance(image, bytes) else image}: {error}") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import ray
 import torch
+from gpu_steps import compiles
 from plain_training import Work, settle
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -15,8 +16,8 @@ from nsl_dist import cluster
 from nsl_dist.config import TrainConfig
 from nsl_dist.data.images import decode
 from nsl_dist.data.shards import Split, load_manifest
-from nsl_dist.data.transforms import Normalise, eval_transform, least_to_resize
-from nsl_dist.device import autocast_dtype, has_compiler
+from nsl_dist.data.transforms import Normalise, eval_transform, least_pixels
+from nsl_dist.device import autocast_dtype
 from nsl_dist.model import build_model
 from nsl_dist.retrieval.batch_inference import embed
 
@@ -45,7 +46,7 @@ class Decoded(IterableDataset[Tensor]):
         """Yield uint8 batches."""
         worker = get_worker_info()
         assert worker is not None
-        least = least_to_resize(self.config.data.resized_edge)
+        least = least_pixels(self.config.data)
         images = []
         for label in range(worker.id, self.split.num_classes, worker.num_workers):
             for encoded in self.split.read_bag(label, ["image"])["image"]:
@@ -87,7 +88,7 @@ def forward_rate(rank: int, work: Work, turns: int) -> float:
     if work.device.type == "cuda":
         torch.cuda.set_device(rank)
     network, size = network_of(work), work.config.data.image_size
-    if work.device.type == "cuda" and has_compiler(work.device):
+    if compiles(work):
         network.compile(dynamic=False)
     images = torch.randint(0, 256, (work.config.eval.batch_size, 3, size, size), dtype=torch.uint8).to(work.device)
     seconds = []

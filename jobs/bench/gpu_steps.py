@@ -99,7 +99,7 @@ def plain_builders(work: Work, images: Tensor, labels: Tensor) -> dict[str, Call
 
 
 def compiles(work: Work) -> bool:
-    """Return whether compiled steps are measured; compiling for a CPU would take longer than the rest."""
+    """Return whether compiled contestants are measured; compiling for a CPU would take longer than the rest."""
     return work.device.type == "cuda" and has_compiler(work.device)
 
 

@@ -36,10 +36,10 @@ def photos(storage_root: str, edge: int) -> DataSource:
 
 
 def _enlarge(paths: list[str], source: str, target: str, edge: int) -> None:
+    grain = np.random.default_rng(0).standard_normal((edge, edge, 3), dtype=np.float32)
     for path in paths:
         small = decode(storage.read_bytes(storage.join(source, path))).permute(1, 2, 0).numpy()
         large = np.asarray(Image.fromarray(small).resize((edge, edge), Image.Resampling.BICUBIC), dtype=np.float32)
-        grain = np.random.default_rng(len(path)).standard_normal(large.shape, dtype=np.float32)
         stream = io.BytesIO()
         Image.fromarray((large + GRAIN * grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=QUALITY)
         storage.write_bytes(storage.join(target, path), stream.getvalue())

@@ -68,14 +68,7 @@ from nsl_dist.data.images import decode
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import Manifest, Split, find_data, is_prepared, load_manifest, open_data, synthetic_data
 from nsl_dist.data.stream import DATA_NICENESS, planned_batches
-from nsl_dist.data.transforms import (
-    augment,
-    crop_draws,
-    least_to_crop,
-    least_to_resize,
-    random_crop,
-    resize,
-)
+from nsl_dist.data.transforms import augment, crop_draws, least_pixels, random_crop, resize
 from nsl_dist.device import autocast_dtype
 from nsl_dist.progress import output, show_results
 from nsl_dist.training.train import DATA_CPUS, train
@@ -184,11 +177,7 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
         least = {}
         for key in set(places):
             of_image = [place for place, each in enumerate(places) if each == key]
-            least[key] = (
-                least_to_resize(config.data.resized_edge)
-                if crops is None
-                else least_to_crop(crops[of_image], config.data)
-            )
+            least[key] = least_pixels(config.data, None if crops is None else crops[of_image])
         with timed("read", 1):
             encoded = read(part, work.split)
         with timed("decode", 1):

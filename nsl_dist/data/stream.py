@@ -209,7 +209,7 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tenso
     import torch
 
     from nsl_dist.data.images import decode
-    from nsl_dist.data.transforms import least_to_crop, least_to_resize, random_crop, resize
+    from nsl_dist.data.transforms import least_pixels, random_crop, resize
 
     edge = config.resized_edge if crops_B4 is None else config.image_size
     images = torch.empty(len(part.labels), 3, edge, edge, dtype=torch.uint8)
@@ -220,7 +220,7 @@ def fetch(part: PlannedBatch, split: Split, config: DataConfig, crops_B4: "Tenso
         for place in np.flatnonzero(part.labels == label).tolist():
             places_of.setdefault(int(part.indices[place]), []).append(place)
         for index, places in places_of.items():
-            least = least_to_resize(edge) if crops_B4 is None else least_to_crop(crops_B4[places], config)
+            least = least_pixels(config, None if crops_B4 is None else crops_B4[places])
             try:
                 image = decode(bag[index].as_py(), least=least)
             except ValueError as error:  # all images could be decoded when the shards were written

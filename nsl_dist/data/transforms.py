@@ -26,11 +26,6 @@ def resize(image_CHW: Tensor, edge: int) -> Tensor:
     return F.interpolate(image_CHW[None], (edge, edge), mode="bilinear", antialias=True)[0]
 
 
-def least_to_resize(edge: int) -> "Least":
-    """Return what `decode` needs for `resize` to `edge`."""
-    return lambda _height, _width: (edge, edge)
-
-
 def crop_draws(positions: range, config: DataConfig, *, seed: int, step: int) -> Tensor | None:
     """Return random numbers `[B, 4]` for `random_crop`, by position as in `augment`; None without `crop_area`."""
     if config.crop_area is None:
@@ -65,10 +60,12 @@ def _crop_size(draws_4: Tensor, height: int, width: int, config: DataConfig) -> 
     return crop_height, crop_width
 
 
-def least_to_crop(draws_n4: Tensor, config: DataConfig) -> "Least":
-    """Return what `decode` needs for no `random_crop` of an image to be enlarged."""
+def least_pixels(config: DataConfig, draws_n4: Tensor | None = None) -> "Least":
+    """Return what `decode` needs for an image not to be enlarged, when it is resized whole or to its random crops."""
 
     def least(height: int, width: int) -> tuple[float, float]:
+        if draws_n4 is None:
+            return config.resized_edge, config.resized_edge
         sizes = [_crop_size(draws_4, height, width, config) for draws_4 in draws_n4]
         return (
             config.image_size * height / min(crop_height for crop_height, _ in sizes),

@@ -210,9 +210,9 @@ def _reader(pieces: list[_Piece], shards: list[_Shard], splits: dict[str, Split]
     def read(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
         cluster.import_whole("nsl_dist.data.transforms")
         from nsl_dist.data.images import decode
-        from nsl_dist.data.transforms import eval_transform, least_to_resize
+        from nsl_dist.data.transforms import eval_transform, least_pixels
 
-        least = least_to_resize(config.data.resized_edge)
+        least = least_pixels(config.data)
         pieces, shards, splits = ray.get(shared)
         images: list[Any] = []
         ids: list[int] = []

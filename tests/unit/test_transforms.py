@@ -10,8 +10,7 @@ from nsl_dist.data.transforms import (
     augment,
     crop_draws,
     eval_transform,
-    least_to_crop,
-    least_to_resize,
+    least_pixels,
     random_crop,
     resize,
 )
@@ -78,15 +77,15 @@ def test_crops_of_a_smaller_image_are_those_of_the_whole(size: tuple[int, int]) 
     assert draws is not None
     shapes = set()
     for each in draws:
-        smaller = decode(content, least=least_to_crop(each[None], config))
+        smaller = decode(content, least=least_pixels(config, each[None]))
         shapes.add(smaller.shape[1])
         difference = random_crop(smaller, each, config).int() - random_crop(photo, each, config).int()
         assert difference.abs().float().mean() < 10  # borders are rounded to pixels; another crop differs by 30 or more
     assert shapes == {height // 8, height // 4}
-    need_height, need_width = least_to_crop(draws, config)(height, width)
-    assert need_height == max(least_to_crop(each[None], config)(height, width)[0] for each in draws)
-    assert need_width == max(least_to_crop(each[None], config)(height, width)[1] for each in draws)
-    whole = resize(decode(content, least=least_to_resize(90)), 90)
+    need_height, need_width = least_pixels(config, draws)(height, width)
+    assert need_height == max(least_pixels(config, each[None])(height, width)[0] for each in draws)
+    assert need_width == max(least_pixels(config, each[None])(height, width)[1] for each in draws)
+    whole = resize(decode(content, least=least_pixels(DataConfig(image_size=90, crop_ratio=1.0))), 90)
     assert (whole.int() - resize(photo, 90).int()).abs().float().mean() < 3
 
 
