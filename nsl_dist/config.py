@@ -165,7 +165,18 @@ class ProxyConfig:
     correct_sampling: bool = False
     """Weight sampled negative classes in the softmax so that the expected normaliser equals that over all classes."""
     temperature: float = 0.05
-    """Temperature (sigma in the paper) of the Normalized Softmax Loss."""
+    """Temperature (sigma in the paper) of the Normalized Softmax Loss; one over the scale s of ArcFace and CosFace, so
+    that s = 64 is 0.015625."""
+    margin: float = 0.0
+    """Margin by which an image must be nearer to its own class than to others, in the unit of --proxies.margin-kind."""
+    margin_kind: Literal["cosine", "angular"] = "cosine"
+    """cosine: the margin is subtracted from the cosine similarity (CosFace). angular: it is added to the angle, in
+    radians (ArcFace)."""
+    per_class: int = 1
+    """Proxies of each class, of which the nearest to an image counts (sub-centres)."""
+    filter_above: float | None = None
+    """Leave classes out of an image's loss if their cosine similarity to it is above this: the image may be of such a
+    class, under a wrong label. Its own class always counts."""
     label_smoothing: float = 0.0
     """Fraction of each label that is spread evenly over all classes."""
     optimizer: Literal["sgd", "adagrad"] = "sgd"
@@ -173,6 +184,8 @@ class ProxyConfig:
     one number of state per class instead of a second matrix."""
     lr_scale: float = 1.0
     """Learning rate of the proxies, relative to the backbone's."""
+    weight_decay: float | None = None
+    """Weight decay of the proxies. If None, --optim.weight-decay."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of proxies and momentum; bfloat16 uses stochastic rounding. The loss is always float32."""
     matmul: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
@@ -196,7 +209,20 @@ class ProxyConfig:
             self.temperature >= 0.0137, f"--proxies.temperature {self.temperature} must be at least 0.0137 (float32)"
         )
         _require(0 <= self.label_smoothing < 1, f"--proxies.label-smoothing {self.label_smoothing} must be in [0, 1)")
+        most = 1.0 if self.margin_kind == "cosine" else math.pi / 2
+        _require(
+            0 <= self.margin < most, f"--proxies.margin {self.margin} must be in [0, {most:.4g}) if {self.margin_kind}"
+        )
+        _require(self.per_class >= 1, f"--proxies.per-class {self.per_class} must be >= 1")
+        _require(
+            self.filter_above is None or -1 <= self.filter_above < 1,
+            f"--proxies.filter-above {self.filter_above} must be a cosine similarity in [-1, 1)",
+        )
         _require(self.lr_scale > 0, f"--proxies.lr-scale {self.lr_scale} must be positive")
+        _require(
+            self.weight_decay is None or self.weight_decay >= 0,
+            f"--proxies.weight-decay {self.weight_decay} must be >= 0",
+        )
         _require(self.memory > 0, f"--proxies.memory {self.memory} must be positive")
 
     def matmul_on(self, device_type: str) -> str:

@@ -4,8 +4,10 @@ One pass over memory each. A program handles a few rows of proxies, one image, o
 that change from step to step are read from device memory (`SAMPLING_*` and `UPDATE_*`), so that neither the kernels nor
 a recorded CUDA graph depend on them.
 
-Letters: s sampled class, r its row, b image, d dimension; B, S, D their numbers; `first` is the first sampled class of
-a chunk, `padded` is S rounded up, so that tensor cores can be used. `scale` is 1 / temperature.
+Letters: s sampled class, b image, d dimension; B, S, D their numbers; PER_CLASS proxies of a class come one after the
+other. In kernels that gather and update proxies, s counts proxies, and r is the row of one. `first` is the first
+sampled class of a chunk, `padded` is its number of proxies rounded up, so that tensor cores can be used. `scale` is
+1 / temperature, `most` the highest logit of a class that is not left out.
 """
 
 import os
@@ -43,6 +45,7 @@ CLASSES, BEST = map(tl.constexpr, (softmax.CLASSES, softmax.BEST))
 GAMMA = tl.constexpr(counter_random.GAMMA)
 FACTOR_1, FACTOR_2 = map(tl.constexpr, counter_random.FACTORS)
 EPSILON = tl.constexpr(RowwiseAdagrad.EPSILON)
+LEAST_SQUARED_SINE = tl.constexpr(softmax.LEAST_SQUARED_SINE)
 
 
 @jit
@@ -80,7 +83,9 @@ def _permute(values, sampling, BITS: tl.constexpr):
 
 
 @jit
-def sample_kernel(sampling, rows, B, S, BITS: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
+def sample_kernel(
+    sampling, rows, B, S, PER_CLASS: tl.constexpr, BITS: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write the rows of a `Draw` that does not sample everything, the positives first. SEARCH: bits of B."""
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     num_positives = tl.load(sampling + SAMPLING_POSITIVES).to(tl.int32)
@@ -100,8 +105,9 @@ def sample_kernel(sampling, rows, B, S, BITS: tl.constexpr, SEARCH: tl.constexpr
         more = low < high
         before = tl.load(positives + middle, mask=more, other=0) - middle <= drawn
         low, high = tl.where(more & before, middle + 1, low), tl.where(more & (before == 0), middle, high)
-    tl.store(rows + s, drawn + low, mask=is_other)
-    tl.store(rows + s, tl.load(positives + s, mask=is_positive, other=0), mask=is_positive)
+    drawn = tl.where(is_other, drawn + low, tl.load(positives + s, mask=is_positive, other=0))
+    for k in tl.static_range(PER_CLASS):
+        tl.store(rows + s * PER_CLASS + k, drawn * PER_CLASS + k, mask=s < S)
 
 
 @jit
@@ -202,8 +208,43 @@ def gather_kernel(
     tl.store(unit + s[:, None] * D + d[None, :], (w / length[:, None]).to(unit.dtype.element_ty), mask=mask)
 
 
+@jit
+def _cosine_and_sine(logits, scale):
+    cosines = logits / scale
+    return cosines, tl.sqrt(tl.maximum(1 - cosines * cosines, LEAST_SQUARED_SINE))
+
+
+@jit
+def _with_margin(logits, scale, margin, ANGULAR: tl.constexpr):
+    """`softmax.with_margin`."""
+    if ANGULAR:
+        cosines, sines = _cosine_and_sine(logits, scale)
+        turned = cosines * tl.cos(margin) - sines * tl.sin(margin)
+        return tl.where(cosines > -tl.cos(margin), turned, cosines - margin * tl.sin(margin)) * scale
+    return logits - margin * scale
+
+
+@jit
+def _slope_of_angular_margin(logits, scale, margin):
+    """`softmax.margin_slope`."""
+    cosines, sines = _cosine_and_sine(logits, scale)
+    return tl.where(cosines > -tl.cos(margin), tl.cos(margin) + cosines / sines * tl.sin(margin), 1.0)
+
+
+@jit
+def _nearest(line, s, ok, PER_CLASS: tl.constexpr):
+    """Return the cosine of the nearest proxy of each class."""
+    nearest = tl.load(line + s * PER_CLASS, mask=ok, other=0.0)
+    for k in tl.static_range(1, PER_CLASS):
+        nearest = tl.maximum(nearest, tl.load(line + s * PER_CLASS + k, mask=ok, other=0.0))
+    return nearest
+
+
 @jit(do_not_specialize=["first", "S"])
-def sums_kernel(cosines, padded, sums, sampling, first, S, scale, shift, BLOCK: tl.constexpr):
+def sums_kernel(
+    cosines, padded, sums, sampling, first, S, scale, shift, margin, most,
+    PER_CLASS: tl.constexpr, ANGULAR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add a chunk to the `sums` of each image: one program for an image, so that the order is always the same."""
     b = tl.program_id(0)
     B = tl.num_programs(0)
@@ -214,17 +255,20 @@ def sums_kernel(cosines, padded, sums, sampling, first, S, scale, shift, BLOCK: 
     classes = tl.zeros([BLOCK], tl.float32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     line = cosines + b.to(tl.int64) * padded
+    column = tl.load(sampling + SAMPLING_WORDS + b) - first
+    target = _nearest(line, column, (column >= 0) & (column < S), PER_CLASS) * scale
     for start in range(0, S, BLOCK):
         s = start + tl.arange(0, BLOCK)
         ok = s < S
-        logits = tl.load(line + s, mask=ok, other=0.0) * scale
-        count = tl.where(ok, tl.where(s < positives, 1.0, multiplicity), 0.0)
+        logits = _nearest(line, s, ok, PER_CLASS) * scale
+        best = tl.maximum(best, tl.where(ok, logits, float("-inf")))
+        is_target = s == column
+        count = tl.where(s < positives, 1.0, multiplicity)
+        count = tl.where(ok & (is_target | (logits <= most)), count, 0.0)
+        logits = tl.where(is_target, _with_margin(logits, scale, margin, ANGULAR), logits)
         terms += tl.exp(logits - shift) * count
         total += logits * count
         classes += count
-        best = tl.maximum(best, tl.where(ok, logits, float("-inf")))
-    column = tl.load(sampling + SAMPLING_WORDS + b) - first
-    target = tl.load(line + column, mask=(column >= 0) & (column < S), other=0.0) * scale
     later = first > 0
     out = sums + b
     tl.store(out + NORMALISER * B, tl.sum(terms) + tl.load(out + NORMALISER * B, mask=later, other=0.0))
@@ -236,7 +280,7 @@ def sums_kernel(cosines, padded, sums, sampling, first, S, scale, shift, BLOCK: 
 
 
 @jit
-def loss_kernel(queries, sums, results, shift, smoothing, D, DP: tl.constexpr):
+def loss_kernel(queries, sums, results, shift, smoothing, scale, margin, D, ANGULAR: tl.constexpr, DP: tl.constexpr):
     """Write each image's loss, whether its class is the nearest, and whether embedding and normaliser are finite."""
     b = tl.program_id(0)
     B = tl.num_programs(0)
@@ -245,7 +289,8 @@ def loss_kernel(queries, sums, results, shift, smoothing, D, DP: tl.constexpr):
     normaliser = tl.load(sums + NORMALISER * B + b)
     target = tl.load(sums + TARGET * B + b)
     mean = tl.load(sums + TOTAL * B + b) / tl.load(sums + CLASSES * B + b)
-    wanted = tl.where(smoothing > 0, (1 - smoothing) * target + smoothing * mean, target)
+    wanted = _with_margin(target, scale, margin, ANGULAR)
+    wanted = tl.where(smoothing > 0, (1 - smoothing) * wanted + smoothing * mean, wanted)
     out = results + b
     tl.store(out, tl.log(normaliser) + shift - wanted)
     tl.store(out + B, (target >= tl.load(sums + BEST * B + b)).to(tl.float32))
@@ -255,14 +300,15 @@ def loss_kernel(queries, sums, results, shift, smoothing, D, DP: tl.constexpr):
 
 @jit(do_not_specialize=["first", "S"])
 def grad_logits_kernel(
-    cosines, grad, padded, sums, sampling, grad_loss, along, first, S, B, scale, shift, smoothing,
-    BS: tl.constexpr, BB: tl.constexpr,
+    cosines, grad, padded, sums, sampling, grad_loss, along, first, S, B, scale, shift, smoothing, margin, most,
+    PER_CLASS: tl.constexpr, ANGULAR: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the logits, and for each class the sum of logits times gradients.
+    """Write the gradient of the logits of proxies, and for each the sum of logits times gradients.
 
-    Zeros for s from S to `padded`. `grad` may be `cosines`.
+    Zeros from the last proxy to `padded`. `grad` may be `cosines` if classes have one proxy each.
     """
-    s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    r = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    s = r // PER_CLASS
     ok = s < S
     positives = tl.load(sampling + SAMPLING_POSITIVES) - first
     count = tl.where(s < positives, 1.0, _float_at(sampling, SAMPLING_MULTIPLICITY).to(tl.float32))[None, :]
@@ -271,19 +317,30 @@ def grad_logits_kernel(
     for start in range(0, B, BB):
         b = start + tl.arange(0, BB)
         ok_b = b < B
-        at = b[:, None].to(tl.int64) * padded + s[None, :]
+        at = b[:, None].to(tl.int64) * padded + r[None, :]
         mask = ok_b[:, None] & ok[None, :]
-        mask_out = ok_b[:, None] & (s < padded)[None, :]
+        mask_out = ok_b[:, None] & (r < padded)[None, :]
         logits = tl.load(cosines + at, mask=mask, other=0.0) * scale
         of_terms = grad_image / tl.load(sums + NORMALISER * B + b, mask=ok_b, other=1.0)
         share = grad_image * smoothing / tl.load(sums + CLASSES * B + b, mask=ok_b, other=1.0)
         column = tl.load(sampling + SAMPLING_WORDS + b, mask=ok_b, other=-1) - first
-        on_target = tl.where(column[:, None] == s[None, :], (1 - smoothing) * grad_image, 0.0)
-        value = tl.exp(logits - shift) * count * of_terms[:, None] - on_target - share[:, None] * count
+        is_target = column[:, None] == s[None, :]
+        counts = tl.where(is_target | (logits <= most), count, 0.0)
+        inside = tl.where(is_target, _with_margin(logits, scale, margin, ANGULAR), logits)
+        value = (tl.exp(inside - shift) * of_terms[:, None] - share[:, None]) * counts
+        value = tl.where(is_target, value - (1 - smoothing) * grad_image, value)
+        if ANGULAR:
+            value = tl.where(is_target, value * _slope_of_angular_margin(logits, scale, margin), value)
+        for k in tl.static_range(PER_CLASS):
+            if PER_CLASS > 1:  # only the nearest proxy of a class counts, and of equally near ones the first
+                sibling = b[:, None].to(tl.int64) * padded + (s * PER_CLASS + k)[None, :]
+                other = tl.load(cosines + sibling, mask=mask, other=0.0) * scale
+                nearer = (other > logits) | ((other == logits) & (k < r % PER_CLASS)[None, :])
+                value = tl.where(nearer, 0.0, value)
         value = tl.where(mask, value, 0.0)
         total += tl.sum(value * logits, axis=0)
         tl.store(grad + at, value.to(grad.dtype.element_ty), mask=mask_out)
-    tl.store(along + s, total, mask=ok)
+    tl.store(along + r, total, mask=ok)
 
 
 @jit
@@ -298,10 +355,10 @@ def _rounded(values, keys, DP: tl.constexpr, RB: tl.constexpr):
 
 
 @jit
-def _write(table, at, values, mask, r, first_class, key, DP: tl.constexpr, RB: tl.constexpr):
+def _write(table, at, values, mask, r, first_row, key, DP: tl.constexpr, RB: tl.constexpr):
     """`Table.write`."""
     if table.dtype.element_ty == tl.bfloat16:
-        tl.store(table + at, _rounded(values, _mix((r + first_class) * GAMMA + key), DP, RB), mask=mask)
+        tl.store(table + at, _rounded(values, _mix((r + first_row) * GAMMA + key), DP, RB), mask=mask)
     else:
         tl.store(table + at, values, mask=mask)
 
@@ -316,7 +373,7 @@ def _grad_of(w, grad, along, lengths, s, at_s, ok, mask, scale, decay):
 
 @jit
 def update_sgd_kernel(
-    weight, velocity, rows, steps, within, after, num_steps, num_blocks, grad, along, lengths, update, first_class, S,
+    weight, velocity, rows, steps, within, after, num_steps, num_blocks, grad, along, lengths, update, first_row, S,
     D, scale,
     CATCH_UP: tl.constexpr, PER_BLOCK: tl.constexpr, STAGED: tl.constexpr, DP: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
@@ -336,15 +393,15 @@ def update_sgd_kernel(
         w, grad, along, lengths, s, at_s, ok, mask, scale, decay
     )
     w -= _float_at(update, UPDATE_LR).to(tl.float32) * v
-    _write(weight, at, w, mask, r, first_class, tl.load(update + UPDATE_WEIGHT_KEY), DP, RB)
-    _write(velocity, at, v, mask, r, first_class, tl.load(update + UPDATE_STATE_KEY), DP, RB)
+    _write(weight, at, w, mask, r, first_row, tl.load(update + UPDATE_WEIGHT_KEY), DP, RB)
+    _write(velocity, at, v, mask, r, first_row, tl.load(update + UPDATE_STATE_KEY), DP, RB)
     step = tl.load(update + UPDATE_STEP).to(tl.int32)
     tl.store(steps + r, tl.zeros([RB], tl.int32) + step, mask=ok)
 
 
 @jit
 def update_adagrad_kernel(
-    weight, accumulator, rows, grad, along, lengths, update, first_class, S, D, scale,
+    weight, accumulator, rows, grad, along, lengths, update, first_row, S, D, scale,
     STAGED: tl.constexpr, DP: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """`RowwiseAdagrad.update`, given the product of the gradient of the logits and the queries."""
@@ -362,7 +419,7 @@ def update_adagrad_kernel(
     tl.store(accumulator + r, sum_of_squares, mask=ok)
     lr = _float_at(update, UPDATE_LR).to(tl.float32)
     w -= lr * grad_w / (tl.sqrt(sum_of_squares) + EPSILON)[:, None]
-    _write(weight, at, w, mask, r, first_class, tl.load(update + UPDATE_WEIGHT_KEY), DP, RB)
+    _write(weight, at, w, mask, r, first_row, tl.load(update + UPDATE_WEIGHT_KEY), DP, RB)
 
 
 @jit

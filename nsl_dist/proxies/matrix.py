@@ -32,7 +32,7 @@ class ProxyMatrix:
 
     Attributes:
         partition: the classes of this worker.
-        weight: their proxies.
+        weight: their proxies, `config.per_class` rows for each.
         optimizer: None until `start_optimizer` is called.
 
     """
@@ -66,7 +66,7 @@ class ProxyMatrix:
         self.seed = seed
         self.group = group
         self.weight = Table(
-            partition,
+            partition.rows(config.per_class),
             dim,
             dtype=getattr(torch, config.dtype),
             placement=config.placement,

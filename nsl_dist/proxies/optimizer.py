@@ -61,7 +61,7 @@ class DeferredSGD:
 
     def _declare_current(self) -> None:
         device = self.weight.device
-        self.step_of_C = torch.zeros(self.weight.partition.num_rows, dtype=torch.int32, device=device)
+        self.step_of_C = torch.zeros(len(self.weight.rows), dtype=torch.int32, device=device)
         self.all_current = True
         self.missed: MapProducts = MapProducts(device)
 
@@ -100,7 +100,7 @@ class DeferredSGD:
     def count_step(self, num_updated: int) -> None:
         """End a step whose map is recorded already."""
         self.num_finished += 1
-        self.all_current = self.all_current and num_updated == self.weight.partition.num_rows
+        self.all_current = self.all_current and num_updated == len(self.weight.rows)
         self.missed.count_step()
 
     def catch_up(self, *, step: int) -> None:
@@ -129,7 +129,7 @@ class RowwiseAdagrad:
 
     def __init__(self, weight: Table, *, weight_decay: float) -> None:
         self.weight = weight
-        self.accumulator = torch.zeros(weight.partition.num_rows, 1, device=weight.device)
+        self.accumulator = torch.zeros(len(weight.rows), 1, device=weight.device)
         self.weight_decay = weight_decay
         self.num_finished = 0
 

@@ -41,3 +41,7 @@ class Partition:
     def num_rows(self) -> int:
         """Classes that this worker owns."""
         return self.stop - self.start
+
+    def rows(self, per_class: int) -> range:
+        """Return this worker's rows of a matrix with `per_class` rows for each class, one class after the other."""
+        return range(self.start * per_class, self.stop * per_class)

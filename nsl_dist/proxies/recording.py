@@ -34,7 +34,7 @@ class Recording:
         """Of the step that uses the tensors."""
         self.free = torch.cuda.Event()
         """The tensors may be overwritten."""
-        self.tensors: tuple[Tensor, Tensor, list[Chunk]] = (step.sampling, step.rows_S, step.chunks)
+        self.tensors: tuple[Tensor, Tensor, list[Chunk]] = (step.sampling, step.rows_R, step.chunks)
         self._history = step.history()  # held, so that no other tensor gets the address
         for chunk in step.chunks:
             step.read(chunk)

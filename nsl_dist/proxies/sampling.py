@@ -70,12 +70,12 @@ class Draw:
     """
 
     positives: NDArray[np.int64]
-    """This worker's rows that have an image in the global batch, ascending; empty if all rows are sampled."""
+    """This worker's classes that have an image in the global batch, ascending; empty if all are sampled."""
     columns_B: NDArray[np.int64]
     """Place of each image's class among the sampled ones; negative if another worker owns it."""
     num_sampled: int
     num_rows: int
-    """Rows of this worker."""
+    """Classes of this worker."""
     multiplicity: float
     """Number of classes that each sampled class without an image represents in the normaliser."""
     keys: NDArray[np.uint32]
@@ -83,7 +83,7 @@ class Draw:
 
     @property
     def everything(self) -> bool:
-        """All rows are sampled."""
+        """All classes are sampled."""
         return self.num_sampled == self.num_rows
 
     @property
@@ -91,15 +91,19 @@ class Draw:
         """Bits of the permutation, which are the same in every iteration."""
         return bits_of(self.num_rows)
 
-    def rows(self, *, ascending: bool) -> NDArray[np.int64]:
-        """Return the sampled rows; `ascending` sorts those without an image, which a CPU reads faster."""
+    def rows(self, *, ascending: bool, per_class: int = 1) -> NDArray[np.int64]:
+        """Return the rows of the sampled classes, `per_class` for each.
+
+        `ascending` sorts those without an image, which a CPU reads faster.
+        """
         num_others = self.num_rows - len(self.positives)
         others = draw_distinct(self.num_sampled - len(self.positives), num_others, self.keys, bits=self.bits)
         if ascending:
             others.sort()
         # The i-th row that is not a positive is i plus the number of positives before it.
         before = np.searchsorted(self.positives - np.arange(len(self.positives)), others, side="right")
-        return np.concatenate([self.positives, others + before])
+        first = np.concatenate([self.positives, others + before]) * per_class
+        return (first[:, None] + np.arange(per_class)).reshape(-1)
 
 
 def draw_classes(

@@ -1,9 +1,10 @@
 """The Normalized Softmax Loss over a class-proxy matrix that is partitioned across workers.
 
 Letters in tensor names: b images of this worker, B images of the global batch, S sampled classes in one chunk of this
-worker, D dimensions.
+worker, R proxies of these, which are as many unless classes have several, D dimensions.
 """
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -11,19 +12,55 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsl_dist.config import ProxyConfig
+
 # float32 spans e^-87 to e^88 and logits lie in [-1/t, 1/t]. Shifting the upper end to e^60 leaves e^28 for the sum over
 # classes, and no maximum over all workers' logits is needed for temperatures down to 2 / (60 + 87).
 HIGHEST_EXPONENT = 60.0
 LOWEST_TEMPERATURE = 2 / (HIGHEST_EXPONENT + 87)
 
 # Rows of `sums_5B`, over all sampled classes: terms of the normaliser, multiplied by e^-shift, the logit of the image's
-# own class, logits, classes that they represent; and the highest logit. Only the last is not a sum.
+# own class, without its margin, logits, classes that they represent; and the highest logit, without a margin. Only the
+# last is not a sum.
 NORMALISER, TARGET, TOTAL, CLASSES, BEST = range(5)
 
 
 def shift_of(temperature: float) -> float:
     """Return what is subtracted from logits before the exponential."""
     return max(0.0, 1 / temperature - HIGHEST_EXPONENT)
+
+
+# Of the square of a sine: rounding leaves nothing of it where the cosine is nearly 1.
+LEAST_SQUARED_SINE = 1e-7
+
+
+def with_margin(logits: Tensor, config: ProxyConfig) -> Tensor:
+    """Return the logits of images' own classes with the margin that `config` sets.
+
+    CosFace (Wang et al. 2018, equation 4) subtracts it from the cosine; ArcFace (Deng et al. 2019, equation 3) adds it
+    to the angle. Where that would exceed 180 degrees, the cosine is reduced by m sin m, so that it still falls with the
+    angle, as in the authors' code.
+    """
+    margin, scale = config.margin, 1 / config.temperature
+    if config.margin_kind == "cosine":
+        return logits - margin * scale
+    cosines, sines = _cosines_and_sines(logits, config)
+    turned = cosines * math.cos(margin) - sines * math.sin(margin)
+    return torch.where(cosines > -math.cos(margin), turned, cosines - margin * math.sin(margin)) * scale
+
+
+def margin_slope(logits: Tensor, config: ProxyConfig) -> Tensor:
+    """Return the derivative of `with_margin`."""
+    if config.margin_kind == "cosine":
+        return torch.ones_like(logits)
+    cosines, sines = _cosines_and_sines(logits, config)
+    slopes = math.cos(config.margin) + cosines / sines * math.sin(config.margin)
+    return torch.where(cosines > -math.cos(config.margin), slopes, 1.0)
+
+
+def _cosines_and_sines(logits: Tensor, config: ProxyConfig) -> tuple[Tensor, Tensor]:
+    cosines = logits * config.temperature
+    return cosines, (1 - cosines.square()).clamp_min(LEAST_SQUARED_SINE).sqrt()
 
 
 class ProxyStep(Protocol):
@@ -126,9 +163,10 @@ def normalized_softmax_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the Normalized Softmax Loss (paper, section 3.1) of the global batch over all workers' sampled classes.
 
-    This is cross-entropy on cosine similarity divided by temperature, in float32 but for the inputs of the products,
-    regardless of autocast. Every worker gets the same value. `backward()` updates the proxies. The gradient of
-    `embeddings_bD` is multiplied by the world size, because DistributedDataParallel averages over ranks.
+    This is cross-entropy on cosine similarity divided by temperature, after the margin if there is one. It is float32
+    but for the inputs of the products, regardless of autocast. Every worker gets the same value. `backward()` updates
+    the proxies. The gradient of `embeddings_bD` is multiplied by the world size, because DistributedDataParallel
+    averages over ranks.
 
     Args:
         embeddings_bD: this worker's embeddings, not necessarily normalised. b must be the same on every worker.

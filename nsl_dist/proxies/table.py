@@ -1,4 +1,4 @@
-"""A worker's rows of a matrix over all classes, in device memory, host memory or a file."""
+"""A worker's rows of a matrix with one or more for each class, in device memory, host memory or a file."""
 
 import contextlib
 import mmap
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nsl_dist.memory_map import map_file
 from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
-from nsl_dist.proxies.partition import Partition
 
 # A slice of consecutive rows is read without a copy.
 Rows = slice | Tensor
@@ -24,14 +23,15 @@ class Table:
     """A matrix of which each step reads and writes a few rows.
 
     Attributes:
-        values: `[partition.num_rows, dim]`, float32 or bfloat16, stored according to `placement`.
+        rows: their indices in the whole matrix.
+        values: `[len(rows), dim]`, float32 or bfloat16, stored according to `placement`.
         device: where the rows are used.
 
     """
 
     def __init__(
         self,
-        partition: Partition,
+        rows: range,
         dim: int,
         *,
         dtype: torch.dtype = torch.float32,
@@ -46,7 +46,7 @@ class Table:
         With placement `disk`, rows are initialised when they are first read.
 
         Args:
-            partition: classes of the rows.
+            rows: their indices in the whole matrix.
             dim: number of columns.
             dtype: type of the values; bfloat16 is rounded stochastically.
             placement: `device`; `host`, the same as `device` on a CPU, and memory that kernels can address on a GPU; or
@@ -60,13 +60,13 @@ class Table:
             ValueError: the directory does not exist, its disk is full, or host memory cannot be pinned.
 
         """
-        self.partition = partition
+        self.rows = rows
         self.placement = placement
         self.device = torch.empty(0, device=device).device  # with its index, like the device of a tensor
         self.directory = directory
         self.seed = seed
         self.initial_bound = initial_bound
-        shape = (partition.num_rows, dim)
+        shape = (len(rows), dim)
         if placement == "disk":
             self.values = _map_file(shape, dtype, directory)
         elif placement == "host" or self.device.type == "cpu":
@@ -77,14 +77,14 @@ class Table:
             self.values = torch.zeros(shape, dtype=dtype, device=self.device)
         self._made_C: Tensor | None = None
         if initial_bound > 0:
-            self._made_C = torch.zeros(partition.num_rows, dtype=torch.bool, device=self.values.device)
+            self._made_C = torch.zeros(len(rows), dtype=torch.bool, device=self.values.device)
             if placement != "disk":
                 self.make_all()
 
     def zeros_beside(self, dim: int, *, dtype: torch.dtype) -> "Table":
-        """Return a table of zeros with the same classes and placement."""
+        """Return a table of zeros with the same rows and placement."""
         return Table(
-            self.partition,
+            self.rows,
             dim,
             dtype=dtype,
             placement=self.placement,
@@ -96,8 +96,8 @@ class Table:
     def parts(self) -> list[slice]:
         """Return slices that cover all rows."""
         rows_at_once = max(1, NUMBERS_AT_ONCE[self.values.device.type] // self.values.shape[1])
-        starts = range(0, self.partition.num_rows, rows_at_once)
-        return [slice(start, min(start + rows_at_once, self.partition.num_rows)) for start in starts]
+        num_rows = len(self.rows)
+        return [slice(start, min(start + rows_at_once, num_rows)) for start in range(0, num_rows, rows_at_once)]
 
     def make_all(self) -> None:
         """Initialise all rows that were never read."""
@@ -129,24 +129,25 @@ class Table:
     def write(self, rows: Rows, values_SD: Tensor, *, stream: int) -> None:
         """Write rows, possibly the view that `read` returned. `stream` must differ between calls, for the rounding."""
         if self.values.dtype == torch.bfloat16:
-            values_SD = round_to_bfloat16(values_SD, self._classes(rows), seed=self.seed, stream=stream)
+            values_SD = round_to_bfloat16(values_SD, self._places(rows), seed=self.seed, stream=stream)
         if not isinstance(rows, slice):
             self.values.index_copy_(0, rows, values_SD)
         elif (target_SD := self.values[rows]).data_ptr() != values_SD.data_ptr():
             target_SD.copy_(values_SD)
 
-    def _classes(self, rows: Rows) -> Tensor:
+    def _places(self, rows: Rows) -> Tensor:
+        """Return the indices of rows in the whole matrix."""
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=self.values.device)
-        return rows + self.partition.start
+        return rows + self.rows.start
 
     def _make(self, rows: Rows) -> None:
         if self._made_C is None:
             return
-        classes_S = self._classes(rows)[~self._made_C[rows]]
-        if len(classes_S) > 0:
-            made_SD = uniform_rows(classes_S, self.values.shape[1], bound=self.initial_bound, seed=self.seed)
-            new = classes_S - self.partition.start
+        places_S = self._places(rows)[~self._made_C[rows]]
+        if len(places_S) > 0:
+            made_SD = uniform_rows(places_S, self.values.shape[1], bound=self.initial_bound, seed=self.seed)
+            new = places_S - self.rows.start
             self.values.index_copy_(0, new, made_SD.to(self.values.dtype))
             self._made_C[new] = True
 

@@ -12,7 +12,16 @@ from nsl_dist.config import ProxyConfig
 from nsl_dist.device import products_in
 from nsl_dist.proxies.optimizer import DeferredSGD, RowwiseAdagrad
 from nsl_dist.proxies.sampling import Draw
-from nsl_dist.proxies.softmax import BEST, CLASSES, NORMALISER, TARGET, TOTAL, shift_of
+from nsl_dist.proxies.softmax import (
+    BEST,
+    CLASSES,
+    NORMALISER,
+    TARGET,
+    TOTAL,
+    margin_slope,
+    shift_of,
+    with_margin,
+)
 from nsl_dist.proxies.table import Rows
 
 # Small enough for a CPU's cache to hold the proxies of a chunk, their gradients and logits between operations.
@@ -24,7 +33,7 @@ class Chunk:
     """Sampled classes of this worker that are processed together."""
 
     rows: Rows
-    num_rows: int
+    num_classes: int
     target_images: Tensor
     """Images of the global batch whose class is in this chunk."""
     target_columns: Tensor
@@ -34,11 +43,6 @@ class Chunk:
     multiplicity: float
     """Number of classes that each of the others represents in the normaliser."""
 
-    @property
-    def num_classes(self) -> float:
-        """Number of classes that the chunk represents."""
-        return self.num_positives + self.multiplicity * (self.num_rows - self.num_positives)
-
     def weighted(self, values_BS: Tensor) -> Tensor:
         """Multiply values in place by the number of classes that each column represents."""
         if self.multiplicity != 1:
@@ -46,17 +50,18 @@ class Chunk:
         return values_BS
 
 
-def split_into_chunks(draw: Draw, *, rows_at_once: int) -> list[Chunk]:
+def split_into_chunks(draw: Draw, *, classes_at_once: int, per_class: int) -> list[Chunk]:
     """Split sampled classes into chunks; all classes are addressed by slices, which are read without a copy."""
-    rows = None if draw.everything else torch.from_numpy(draw.rows(ascending=True))
+    rows = None if draw.everything else torch.from_numpy(draw.rows(ascending=True, per_class=per_class))
     chunks = []
-    for start in range(0, draw.num_sampled, rows_at_once):
-        stop = min(start + rows_at_once, draw.num_sampled)
+    for start in range(0, draw.num_sampled, classes_at_once):
+        stop = min(start + classes_at_once, draw.num_sampled)
+        places = slice(start * per_class, stop * per_class)
         images = np.flatnonzero((draw.columns_B >= start) & (draw.columns_B < stop))
         chunks.append(
             Chunk(
-                rows=slice(start, stop) if rows is None else rows[start:stop],
-                num_rows=stop - start,
+                rows=places if rows is None else rows[places],
+                num_classes=stop - start,
                 target_images=torch.from_numpy(images),
                 target_columns=torch.from_numpy(draw.columns_B[images] - start),
                 num_positives=min(max(len(draw.positives) - start, 0), stop - start),
@@ -86,12 +91,13 @@ class TorchStep:
         `spare` holds buffers of earlier reads, for reuse: allocating costs more than reading into them.
         """
         budget = int(config.memory * 2**30)
-        bytes_per_row = optimizer.bytes_per_row + 4 * len(draw.columns_B)
-        self.keep = draw.num_sampled * bytes_per_row <= budget
+        bytes_per_class = config.per_class * (optimizer.bytes_per_row + 4 * len(draw.columns_B))
+        self.keep = draw.num_sampled * bytes_per_class <= budget
         # Processing a chunk needs a few times the memory that is kept of it.
-        rows_at_once = max(1, min(budget // 4, CHUNK_BYTES) // bytes_per_row)
-        self.chunks = split_into_chunks(draw, rows_at_once=rows_at_once)
+        classes_at_once = max(1, min(budget // 4, CHUNK_BYTES) // bytes_per_class)
+        self.chunks = split_into_chunks(draw, classes_at_once=classes_at_once, per_class=config.per_class)
         self._optimizer = optimizer
+        self._config = config
         self._temperature = config.temperature
         self._shift = shift_of(config.temperature)
         self._smoothing = config.label_smoothing
@@ -133,23 +139,29 @@ class TorchStep:
         sums_5B[BEST] = -math.inf
         for index, chunk in enumerate(self.chunks):
             read = self._read(index)
-            logits_BS, lengths_S = self._logits(queries_BD, read[0])
-            sums_5B[NORMALISER] += self._normaliser_terms(logits_BS, chunk).sum(dim=1)
-            sums_5B[TARGET, chunk.target_images] = logits_BS[chunk.target_images, chunk.target_columns]
+            logits_BR, lengths_R = self._logits(queries_BD, read[0])
+            logits_BS, _ = self._nearest(logits_BR)
+            filtered_BS = self._filtered(logits_BS, chunk)
+            targets = chunk.target_images, chunk.target_columns
+            sums_5B[NORMALISER] += self._normaliser_terms(logits_BS, filtered_BS, chunk).sum(dim=1)
+            sums_5B[TARGET, chunk.target_images] = logits_BS[targets]
             if self._smoothing:
-                sums_5B[TOTAL] += chunk.weighted(logits_BS.clone()).sum(dim=1)
-            sums_5B[CLASSES] += chunk.num_classes
+                counts_BS = self._counts(logits_BS, filtered_BS, chunk)
+                sums_5B[CLASSES] += counts_BS.sum(dim=1)
+                counts_BS *= logits_BS
+                counts_BS[targets] = with_margin(logits_BS[targets], self._config)
+                sums_5B[TOTAL] += counts_BS.sum(dim=1)
             if best:
                 torch.maximum(sums_5B[BEST], logits_BS.amax(dim=1), out=sums_5B[BEST])
             if self.keep:
-                self._kept.append((read, logits_BS, lengths_S))
+                self._kept.append((read, logits_BR, lengths_R))
             else:
                 self._release(index, read)
         return sums_5B
 
     def results(self, queries_BD: Tensor, sums_5B: Tensor) -> tuple[Tensor, Tensor]:
         """See `softmax.ProxyStep`."""
-        wanted_B = sums_5B[TARGET]
+        wanted_B = with_margin(sums_5B[TARGET], self._config)
         if self._smoothing:
             mean_B = sums_5B[TOTAL] / sums_5B[CLASSES]
             wanted_B = (1 - self._smoothing) * wanted_B + self._smoothing * mean_B
@@ -164,34 +176,39 @@ class TorchStep:
         grad_queries_BD = torch.zeros_like(queries_BD)
         for index, chunk in enumerate(self.chunks):
             if self.keep:
-                read, logits_BS, lengths_S = self._kept.pop(0)
+                read, logits_BR, lengths_R = self._kept.pop(0)
             else:
                 read = self._read(index)
-                logits_BS, lengths_S = self._logits(queries_BD, read[0])
-            weight_SD = read[0]
-            grad_BS = self._normaliser_terms(logits_BS, chunk)
+                logits_BR, lengths_R = self._logits(queries_BD, read[0])
+            weight_RD = read[0]
+            logits_BS, nearest_BS = self._nearest(logits_BR)
+            filtered_BS = self._filtered(logits_BS, chunk)
+            targets = chunk.target_images, chunk.target_columns
+            grad_BS = self._normaliser_terms(logits_BS, filtered_BS, chunk)
             grad_BS *= (grad_image / sums_5B[NORMALISER])[:, None]
-            grad_BS[chunk.target_images, chunk.target_columns] -= (1 - self._smoothing) * grad_image
+            grad_BS[targets] -= (1 - self._smoothing) * grad_image
             if self._smoothing:
-                share = self._smoothing * grad_image / sums_5B[CLASSES, 0]
-                grad_BS[:, : chunk.num_positives] -= share
-                grad_BS[:, chunk.num_positives :] -= share * chunk.multiplicity
+                shares_B1 = (self._smoothing * grad_image / sums_5B[CLASSES])[:, None]
+                grad_BS -= self._counts(logits_BS, filtered_BS, chunk).mul_(shares_B1)
+            grad_BS[targets] *= margin_slope(logits_BS[targets], self._config)
+            grad_BR = grad_BS if nearest_BS is None else self._to_nearest(grad_BS, nearest_BS)
             # Logits are divided by the proxy's length, so the loss does not depend on it: remove the component of
             # the gradient along the proxy.
-            along_S = logits_BS.mul_(grad_BS).sum(dim=0).div_(lengths_S.square())
-            shrink_S = self._optimizer.weight_decay - along_S
-            grad_BS /= lengths_S
-            grad_queries_BD.addmm_(grad_BS, weight_SD)
-            grad_SD = (grad_BS.T @ scaled_BD).addcmul_(weight_SD, shrink_S[:, None])
-            self._optimizer.update(chunk.rows, read, grad_SD, lr=lr, step=self.step)
+            along_R = logits_BR.mul_(grad_BR).sum(dim=0).div_(lengths_R.square())
+            shrink_R = self._optimizer.weight_decay - along_R
+            grad_BR /= lengths_R
+            grad_queries_BD.addmm_(grad_BR, weight_RD)
+            grad_RD = (grad_BR.T @ scaled_BD).addcmul_(weight_RD, shrink_R[:, None])
+            self._optimizer.update(chunk.rows, read, grad_RD, lr=lr, step=self.step)
             self._release(index, read)
-        self._optimizer.finish_step(sum(chunk.num_rows for chunk in self.chunks), lr=lr)
+        num_updated = self._config.per_class * sum(chunk.num_classes for chunk in self.chunks)
+        self._optimizer.finish_step(num_updated, lr=lr)
         return grad_queries_BD.div_(self._temperature)
 
     def _read(self, index: int) -> Read:
         chunk = self.chunks[index]
         out = self._spare.popleft() if self._spare else None
-        if out is not None and len(out[0]) != chunk.num_rows:
+        if out is not None and len(out[0]) != self._config.per_class * chunk.num_classes:
             out = None
         return self._optimizer.read(chunk.rows, out=out)
 
@@ -199,12 +216,43 @@ class TorchStep:
         if not isinstance(self.chunks[index].rows, slice):  # a slice may be a view of the table itself
             self._spare.append(read)
 
-    def _logits(self, queries_BD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits `[B, S]` and the lengths of the proxies `[S]`."""
-        lengths_S = torch.linalg.vector_norm(weight_SD, dim=1).clamp_min_(1e-12)
-        logits_BS = queries_BD @ weight_SD.T
-        return logits_BS.div_(lengths_S * self._temperature), lengths_S
+    def _logits(self, queries_BD: Tensor, weight_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits `[B, R]` and the lengths of the proxies `[R]`."""
+        lengths_R = torch.linalg.vector_norm(weight_RD, dim=1).clamp_min_(1e-12)
+        logits_BR = queries_BD @ weight_RD.T
+        return logits_BR.div_(lengths_R * self._temperature), lengths_R
 
-    def _normaliser_terms(self, logits_BS: Tensor, chunk: Chunk) -> Tensor:
+    def _nearest(self, logits_BR: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of classes `[B, S]` and, if these have several proxies, which is the nearest `[B, S]`."""
+        if self._config.per_class == 1:
+            return logits_BR, None
+        logits_BS, nearest_BS = logits_BR.unflatten(1, (-1, self._config.per_class)).max(dim=2)
+        return logits_BS, nearest_BS
+
+    def _to_nearest(self, grad_BS: Tensor, nearest_BS: Tensor) -> Tensor:
+        """Return the gradient of all logits `[B, R]`: zero but for the nearest proxies."""
+        grad_BSK = grad_BS.new_zeros(*grad_BS.shape, self._config.per_class)
+        return grad_BSK.scatter_(2, nearest_BS[..., None], grad_BS[..., None]).flatten(1)
+
+    def _filtered(self, logits_BS: Tensor, chunk: Chunk) -> Tensor | None:
+        """Return which classes are left out of which images' losses `[B, S]`; None if none are."""
+        if self._config.filter_above is None:
+            return None
+        filtered_BS = logits_BS > self._config.filter_above / self._temperature
+        filtered_BS[chunk.target_images, chunk.target_columns] = False
+        return filtered_BS
+
+    def _counts(self, logits_BS: Tensor, filtered_BS: Tensor | None, chunk: Chunk) -> Tensor:
+        """Return the number of classes that each stands for in the losses `[B, S]`."""
+        counts_BS = chunk.weighted(torch.ones_like(logits_BS))
+        return counts_BS if filtered_BS is None else counts_BS.masked_fill_(filtered_BS, 0)
+
+    def _normaliser_terms(self, logits_BS: Tensor, filtered_BS: Tensor | None, chunk: Chunk) -> Tensor:
         """Return the terms of the normaliser `[B, S]`, multiplied by e^-shift."""
-        return chunk.weighted((logits_BS - self._shift).exp_() if self._shift > 0 else logits_BS.exp())
+        terms_BS = chunk.weighted((logits_BS - self._shift).exp_() if self._shift > 0 else logits_BS.exp())
+        if filtered_BS is not None:
+            terms_BS.masked_fill_(filtered_BS, 0)
+        if self._config.margin > 0:
+            targets = chunk.target_images, chunk.target_columns
+            terms_BS[targets] = (with_margin(logits_BS[targets], self._config) - self._shift).exp_()
+        return terms_BS

@@ -33,8 +33,9 @@ class Chunk:
     """Sampled classes of this worker that are processed together."""
 
     first: int
-    rows_S: Tensor
-    stored_rows_S: Tensor
+    num_classes: int
+    rows_R: Tensor
+    stored_rows_R: Tensor
     """The same, where `RowTransfer` needs them."""
     fetched: Future[Staged] | None = None
     """Their proxies, unless the device keeps them."""
@@ -72,22 +73,27 @@ class TritonStep:
         self._size = kernels.rows_at_once(self.dim)
         self._scale, self._shift = 1 / config.temperature, shift_of(config.temperature)
         self._smoothing = config.label_smoothing
+        self._margin = config.margin
+        self._most = math.inf if config.filter_above is None else config.filter_above * self._scale
+        self._per_class = config.per_class
+        self._loss_options = {"PER_CLASS": config.per_class, "ANGULAR": config.margin_kind == "angular"}
         self._matmul = config.matmul_on(self._device.type)
         self.dtype = torch.bfloat16 if self._matmul == "bfloat16" else torch.float32
 
-        bytes_per_row = self.dtype.itemsize * self.dim + 4 * self.batch
+        bytes_per_class = self._per_class * (self.dtype.itemsize * self.dim + 4 * self.batch)
         if transfer is not None:
-            bytes_per_row += optimizer.bytes_per_row
+            bytes_per_class += self._per_class * optimizer.bytes_per_row
         budget = int(config.memory * 2**30)
-        self.keep = draw.num_sampled * bytes_per_row <= budget
-        rows_at_once = max(1, budget // 2 // bytes_per_row)  # a chunk needs about as much again in the backward pass
+        self.keep = draw.num_sampled * bytes_per_class <= budget
+        # A chunk needs about as much again in the backward pass.
+        classes_at_once = max(1, budget // 2 // bytes_per_class)
         self._recorder = recorder if self.keep or transfer is None else None
         self._recording = self._recorder.recording_of(self) if self._recorder is not None else None
         self._turn = 0
         words = torch.from_numpy(_words_of(draw))
         if self._recording is not None:
             self._turn = self._recording.begin()
-            self.sampling, self.rows_S, self.chunks = self._recording.tensors
+            self.sampling, self.rows_R, self.chunks = self._recording.tensors
             with self._transfer_stream(after=self._recording.free):
                 self.sampling.copy_(self._pinned(words), non_blocking=True)
                 if transfer is not None:
@@ -95,13 +101,17 @@ class TritonStep:
         else:
             with self._transfer_stream(after=None):
                 self.sampling = self._pinned(words).to(self._device, non_blocking=True)
-                self.rows_S = torch.empty(draw.num_sampled, dtype=torch.int64, device=self._device)
-                stored_rows_S = self._draw_rows()
+                num_rows = draw.num_sampled * self._per_class
+                self.rows_R = torch.empty(num_rows, dtype=torch.int64, device=self._device)
+                stored_rows_R = self._draw_rows()
             if self._transfer is not None and self._transfer.stream is not None:
-                for made in (self.sampling, self.rows_S):
+                for made in (self.sampling, self.rows_R):
                     made.record_stream(torch.cuda.current_stream(self._device))
-            parts = [slice(first, first + rows_at_once) for first in range(0, draw.num_sampled, rows_at_once)]
-            self.chunks = [Chunk(part.start, self.rows_S[part], stored_rows_S[part]) for part in parts]
+            self.chunks = []
+            for first in range(0, draw.num_sampled, classes_at_once):
+                stop = min(first + classes_at_once, draw.num_sampled)
+                rows = slice(first * self._per_class, stop * self._per_class)
+                self.chunks.append(Chunk(first, stop - first, self.rows_R[rows], stored_rows_R[rows]))
         for chunk in self.chunks if self.keep else self.chunks[:1]:
             self._fetch(chunk)
 
@@ -167,7 +177,7 @@ class TritonStep:
             self._store(chunk)
         if self._recorder is not None:
             self._recorder.has_run(self)
-        self._optimizer.count_step(self._draw.num_sampled)
+        self._optimizer.count_step(len(self.rows_R))
         return grad_queries_BD
 
     def compute_queries(self, embeddings_bD: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,8 +203,9 @@ class TritonStep:
         """See `results`."""
         results_4B = torch.empty(4, len(queries_BD), device=self._device)
         kernels.loss_kernel[(len(queries_BD),)](
-            queries_BD, sums_5B, results_4B, self._shift, self._smoothing, self.dim, DP=self._size["DP"]
-        )
+            queries_BD, sums_5B, results_4B, self._shift, self._smoothing, self._scale, self._margin, self.dim,
+            ANGULAR=self._loss_options["ANGULAR"], DP=self._size["DP"],
+        )  # fmt: skip
         return results_4B[:2].mean(dim=1), results_4B[2:]
 
     def _draw_rows(self) -> Tensor:
@@ -202,17 +213,17 @@ class TritonStep:
         in_file = self._optimizer.weight.placement == "disk"
         draw = self._draw
         if draw.everything:
-            torch.arange(draw.num_rows, out=self.rows_S)
-            return self.rows_S.cpu() if in_file else self.rows_S
+            torch.arange(len(self.rows_R), out=self.rows_R)
+            return self.rows_R.cpu() if in_file else self.rows_R
         if in_file:
-            rows_S = torch.from_numpy(draw.rows(ascending=False))
-            self.rows_S.copy_(rows_S)
-            return rows_S
+            rows_R = torch.from_numpy(draw.rows(ascending=False, per_class=self._per_class))
+            self.rows_R.copy_(rows_R)
+            return rows_R
         kernels.sample_kernel[(cdiv(draw.num_sampled, 256),)](
-            self.sampling, self.rows_S, self.batch, draw.num_sampled, BITS=draw.bits, SEARCH=self.batch.bit_length(),
-            BLOCK=256,
+            self.sampling, self.rows_R, self.batch, draw.num_sampled, PER_CLASS=self._per_class, BITS=draw.bits,
+            SEARCH=self.batch.bit_length(), BLOCK=256,
         )  # fmt: skip
-        return self.rows_S
+        return self.rows_R
 
     def sample_and_sum(self, queries_BD: Tensor) -> Tensor:
         """Draw the rows anew, unless that happens on the transfer's stream, and return `sums_5B`."""
@@ -231,10 +242,10 @@ class TritonStep:
             self.read(chunk)
             self._fetch_ahead(index)
             chunk.kept = self._cosines(chunk, queries_BD)
-            cosines_BS = chunk.kept[0]
+            cosines_BR = chunk.kept[0]
             kernels.sums_kernel[(len(queries_BD),)](
-                cosines_BS, cosines_BS.shape[1], sums_5B, self.sampling, chunk.first, len(chunk.rows_S), self._scale,
-                self._shift, BLOCK=4096, num_warps=16,
+                cosines_BR, cosines_BR.shape[1], sums_5B, self.sampling, chunk.first, chunk.num_classes, self._scale,
+                self._shift, self._margin, self._most, **self._loss_options, BLOCK=4096, num_warps=16,
             )  # fmt: skip
             if not self.keep:
                 chunk.kept = None
@@ -251,20 +262,22 @@ class TritonStep:
                 self.read(chunk)
                 self._fetch_ahead(index)
                 chunk.kept = self._cosines(chunk, queries_BD)
-            (cosines_BS, unit_SD, lengths_S), chunk.kept = chunk.kept, None
-            grad_BS = cosines_BS if self.dtype == torch.float32 else torch.empty_like(cosines_BS, dtype=self.dtype)
-            along_S = torch.empty_like(lengths_S)
+            (cosines_BR, unit_RD, lengths_R), chunk.kept = chunk.kept, None
+            in_place = self.dtype == torch.float32 and self._per_class == 1
+            grad_BR = cosines_BR if in_place else torch.empty_like(cosines_BR, dtype=self.dtype)
+            along_R = torch.empty_like(lengths_R)
             # Wide enough for whole lines of memory, narrow enough for all multiprocessors to have some.
-            columns, images = (128, 16) if grad_BS.element_size() == 4 and grad_BS.shape[1] >= 2**15 else (32, 64)
-            kernels.grad_logits_kernel[(cdiv(grad_BS.shape[1], columns),)](
-                cosines_BS, grad_BS, grad_BS.shape[1], sums_5B, self.sampling, grad_loss, along_S, chunk.first,
-                len(chunk.rows_S), len(grad_BS), self._scale, self._shift, self._smoothing, BS=columns, BB=images,
+            columns, images = (128, 16) if grad_BR.element_size() == 4 and grad_BR.shape[1] >= 2**15 else (32, 64)
+            kernels.grad_logits_kernel[(cdiv(grad_BR.shape[1], columns),)](
+                cosines_BR, grad_BR, grad_BR.shape[1], sums_5B, self.sampling, grad_loss, along_R, chunk.first,
+                chunk.num_classes, len(grad_BR), self._scale, self._shift, self._smoothing, self._margin, self._most,
+                **self._loss_options, BS=columns, BB=images,
             )  # fmt: skip
-            part_BD = self._product(grad_BS, unit_SD)
+            part_BD = self._product(grad_BR, unit_RD)
             grad_queries_BD = part_BD if index == 0 else grad_queries_BD.add_(part_BD)
-            grad_SD = self._product(grad_BS.T, queries_BD)
-            del cosines_BS, grad_BS, unit_SD
-            self._update(chunk, grad_SD, along_S, lengths_S, update)
+            grad_RD = self._product(grad_BR.T, queries_BD)
+            del cosines_BR, grad_BR, unit_RD
+            self._update(chunk, grad_RD, along_R, lengths_R, update)
             if not self.keep:
                 self._store(chunk)
         if isinstance(self._optimizer, DeferredSGD):
@@ -277,29 +290,29 @@ class TritonStep:
         return grad_queries_BD if self.chunks else torch.zeros(queries_BD.shape, device=self._device)
 
     def _cosines(self, chunk: Chunk, queries_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return cosines `[B, S]`, proxies divided by their lengths `[S, D]`, and these, S rounded up."""
-        num_rows = len(chunk.rows_S)
+        """Return cosines `[B, R]`, proxies divided by their lengths `[R, D]`, and these, R rounded up."""
+        num_rows = len(chunk.rows_R)
         padded = -(-num_rows // ALIGNMENT) * ALIGNMENT
-        unit_SD = torch.empty(padded, self.dim, dtype=self.dtype, device=self._device)
-        lengths_S = torch.empty(padded, device=self._device)
+        unit_RD = torch.empty(padded, self.dim, dtype=self.dtype, device=self._device)
+        lengths_R = torch.empty(padded, device=self._device)
         kernels.gather_kernel[(cdiv(padded, self._size["RB"]),)](
-            *self._tables(chunk), chunk.rows_S, *self.history(), unit_SD, lengths_S, num_rows, padded, self.dim,
+            *self._tables(chunk), chunk.rows_R, *self.history(), unit_RD, lengths_R, num_rows, padded, self.dim,
             **self._options(chunk), **self._size,
         )  # fmt: skip
-        return self._product(queries_BD, unit_SD.T), unit_SD, lengths_S
+        return self._product(queries_BD, unit_RD.T), unit_RD, lengths_R
 
-    def _update(self, chunk: Chunk, grad_SD: Tensor, along_S: Tensor, lengths_S: Tensor, update: Tensor) -> None:
-        grid = (cdiv(len(chunk.rows_S), self._size["RB"]),)
-        first_class = self._optimizer.weight.partition.start
-        rest = (grad_SD, along_S, lengths_S, update, first_class, len(chunk.rows_S), self.dim, self._scale)
+    def _update(self, chunk: Chunk, grad_RD: Tensor, along_R: Tensor, lengths_R: Tensor, update: Tensor) -> None:
+        grid = (cdiv(len(chunk.rows_R), self._size["RB"]),)
+        first_row = self._optimizer.weight.rows.start
+        rest = (grad_RD, along_R, lengths_R, update, first_row, len(chunk.rows_R), self.dim, self._scale)
         weight, velocity = self._tables(chunk)
         if isinstance(self._optimizer, DeferredSGD):
             kernels.update_sgd_kernel[grid](
-                weight, velocity, chunk.rows_S, *self.history(), *rest, **self._options(chunk), **self._size
+                weight, velocity, chunk.rows_R, *self.history(), *rest, **self._options(chunk), **self._size
             )
         else:
             kernels.update_adagrad_kernel[grid](
-                weight, self._optimizer.accumulator, chunk.rows_S, *rest, STAGED=chunk.staged is not None, **self._size
+                weight, self._optimizer.accumulator, chunk.rows_R, *rest, STAGED=chunk.staged is not None, **self._size
             )
 
     def _tables(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -337,7 +350,7 @@ class TritonStep:
 
     def _fetch(self, chunk: Chunk) -> None:
         if self._transfer is not None:
-            chunk.fetched = self._transfer.fetch(chunk.stored_rows_S, into=chunk.staged)
+            chunk.fetched = self._transfer.fetch(chunk.stored_rows_R, into=chunk.staged)
 
     def _fetch_ahead(self, index: int) -> None:
         """Fetch the next chunk while this one is computed, unless all were fetched at once."""
@@ -351,7 +364,7 @@ class TritonStep:
 
     def _store(self, chunk: Chunk) -> None:
         if self._transfer is not None and chunk.staged is not None:
-            self._transfer.store(chunk.stored_rows_S, chunk.staged)
+            self._transfer.store(chunk.stored_rows_R, chunk.staged)
             self._release(chunk)
 
     def _release(self, chunk: Chunk) -> None:

@@ -109,7 +109,7 @@ class Checkpointer:
     def _write(self, location: str) -> None:
         partition, config = self._training.proxies.partition, self._training.config
         name = rows_file(partition.rank, partition.world_size)
-        write_rows(storage.join(location, name), self._rows, start=partition.start)
+        write_rows(storage.join(location, name), self._rows, start=self._training.proxies.weight.rows.start)
         if partition.rank > 0:
             return
         record = CheckpointRecord(
@@ -168,14 +168,14 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
     except SafetensorError as error:
         raise ValueError(f"{location}/{OPTIMIZER_FILE} is damaged: {error}") from error
     num_bytes = len(weights) + len(content)
-    rows = training.proxies.overwrite()
+    rows, ours = training.proxies.overwrite(), training.proxies.weight.rows
     for rank in range(record.world_size):
-        saved = Partition(partition.num_classes, rank, record.world_size)
-        first, last = max(saved.start, partition.start), min(saved.stop, partition.stop)
+        saved = Partition(partition.num_classes, rank, record.world_size).rows(training.config.proxies.per_class)
+        first, last = max(saved.start, ours.start), min(saved.stop, ours.stop)
         if first < last:
-            ours = {name: tensor[first - partition.start : last - partition.start] for name, tensor in rows.items()}
+            shared = {name: tensor[first - ours.start : last - ours.start] for name, tensor in rows.items()}
             path = storage.join(location, rows_file(rank, record.world_size))
-            num_bytes += storage.patiently(functools.partial(read_rows, path, ours, first_row=first))
+            num_bytes += storage.patiently(functools.partial(read_rows, path, shared, first_row=first))
     training.proxies.resume(
         {name.removeprefix(HISTORY): tensor for name, tensor in state.items() if name.startswith(HISTORY)}
     )

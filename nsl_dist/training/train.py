@@ -420,17 +420,25 @@ def _named(manifest: Manifest, split: str) -> str:
 def _described_model(run: Run) -> dict[str, str]:
     config, proxies = run.config, run.config.proxies
     num_classes = run.manifest.splits["train"]["num_classes"]
-    rows = Partition(num_classes, 0, _worker_range(config)[0]).rows_per_rank
+    rows = len(Partition(num_classes, 0, _worker_range(config)[0]).rows(proxies.per_class))
     sampled = f"{proxies.sample_rate:.0%}" if proxies.num_sampled is None else f"{proxies.num_sampled:,}"
     numbers_per_row = 2 * config.model.dim if proxies.optimizer == "sgd" else config.model.dim + 1
     mib = rows * numbers_per_row * (2 if proxies.dtype == "bfloat16" else 4) / 2**20
+    loss = [
+        f"temperature {proxies.temperature:g}",
+        *([f"{proxies.margin_kind} margin {proxies.margin:g}"] if proxies.margin else []),
+        *([f"the nearest of {proxies.per_class} proxies per class"] if proxies.per_class > 1 else []),
+        *([f"without classes above {proxies.filter_above:g}"] if proxies.filter_above is not None else []),
+        *([f"label smoothing {proxies.label_smoothing:g}"] if proxies.label_smoothing else []),
+    ]
     return {
         "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} "
         f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
-        "proxies": f"{num_classes:,} x {config.model.dim}, {sampled} sampled in each iteration; each worker "
-        f"keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed on "
-        f"{config.device if proxies.placement == 'device' else proxies.placement}, multiplied in "
+        "proxies": f"{num_classes * proxies.per_class:,} x {config.model.dim}, {sampled} sampled in each iteration; "
+        f"each worker keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed "
+        f"on {config.device if proxies.placement == 'device' else proxies.placement}, multiplied in "
         f"{proxies.matmul_on(config.device)}",
+        "loss": ", ".join(loss),
     }
 
 

@@ -27,6 +27,21 @@ CASES += [
     (num_classes, sample_rate, 0, {"label_smoothing": 0.1} | options)
     for num_classes, sample_rate, options in ((97, 1.0, {}), (3, 1.0, {}), (97, 0.4, {"correct_sampling": True}))
 ]
+EVERYTHING = {
+    "margin": 1.2, "margin_kind": "angular", "per_class": 3, "filter_above": 0.2, "label_smoothing": 0.1
+}  # fmt: skip
+CASES += [
+    (97, sample_rate, 0, options)
+    for sample_rate in (1.0, 0.1)
+    for options in (
+        {"margin": 0.35},
+        {"margin": 0.5, "margin_kind": "angular"},
+        {"per_class": 3},
+        {"filter_above": 0.2},
+        EVERYTHING,
+    )
+]
+CASES += [(3, 1.0, 0, EVERYTHING), (97, 0.4, 0, EVERYTHING | {"correct_sampling": True, "memory": 1e-6})]
 
 
 def batch_of(num_classes: int, step: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -34,8 +49,8 @@ def batch_of(num_classes: int, step: int) -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(rng.normal(size=(BATCH, DIM))), rng.integers(0, num_classes, BATCH)
 
 
-def initial_proxies(num_classes: int) -> torch.Tensor:
-    return Table(Partition(num_classes), DIM, initial_bound=DIM**-0.5).values.double()
+def initial_proxies(num_rows: int) -> torch.Tensor:
+    return Table(range(num_rows), DIM, initial_bound=DIM**-0.5).values.double()
 
 
 def sampled_classes(labels: np.ndarray, num_classes: int, sample_rate: float, step: int, world_size: int) -> np.ndarray:
@@ -67,15 +82,27 @@ def dense_loss(
     labels: np.ndarray,
     classes: np.ndarray,
     added: torch.Tensor,
-    smoothing: float = 0.0,
+    options: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    logits = F.normalize(embeddings) @ F.normalize(proxies[classes]).T / TEMPERATURE
+    options = options or {}
+    proxies = proxies.unflatten(0, (-1, options.get("per_class", 1)))[classes]
+    cosines = torch.einsum("bd,ckd->bck", F.normalize(embeddings), F.normalize(proxies, dim=2)).amax(dim=2)
     column = {label: place for place, label in enumerate(classes.tolist())}
     targets = torch.tensor([column[label] for label in labels.tolist()])
-    if len(added) == 1:
+    own = F.one_hot(targets, len(classes)).bool()
+    counted = own | (cosines <= options.get("filter_above", 1.0))
+    margin = options.get("margin", 0.0)
+    nearer = cosines - margin
+    if options.get("margin_kind") == "angular":
+        angles = cosines.arccos() + margin
+        nearer = torch.where(angles < np.pi, angles.cos(), cosines - margin * np.sin(margin))
+    logits = torch.where(own, nearer, cosines) / TEMPERATURE
+    smoothing = options.get("label_smoothing", 0.0)
+    if len(added) == 1 and counted.all():
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
     # PyTorch's own smoothing would take what is added for part of the logits.
-    mean = logits @ added.softmax(dim=0)
+    added = added.where(counted, -torch.inf)
+    mean = (logits * added.softmax(dim=1)).sum(dim=1)
     wanted = (1 - smoothing) * logits.gather(1, targets[:, None])[:, 0] + smoothing * mean
     return ((logits + added).logsumexp(dim=1) - wanted).mean()
 
@@ -105,13 +132,16 @@ def check_loss(rank: int, world_size: int, *, kernels: bool = False) -> None:
         embeddings, labels = batch_of(num_classes, step)
         part = Partition(num_classes, rank, world_size)
 
+        per_class = options.get("per_class", 1)
+        dense_proxies = initial_proxies(num_classes * per_class).requires_grad_()
+        if "margin" in options:  # also where angle and margin exceed 180 degrees
+            own = dense_proxies.detach()[labels[0] * per_class : (labels[0] + 1) * per_class]
+            embeddings[0] = 0.05 * embeddings[0] - own.sum(dim=0)
         dense_embeddings = embeddings.clone().requires_grad_()
-        dense_proxies = initial_proxies(num_classes).requires_grad_()
         classes = sampled_classes(labels, num_classes, sample_rate, step, world_size)
         added = log_multiplicities(classes, labels, num_classes, world_size)
         added = added if "correct_sampling" in options else torch.zeros(1)
-        smoothing = options.get("label_smoothing", 0.0)
-        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes, added, smoothing)
+        exact = dense_loss(dense_embeddings, dense_proxies, labels, classes, added, options)
         exact.backward()
 
         matrix = matrix_of(part, sample_rate=sample_rate, kernels=kernels, **options)
@@ -126,7 +156,7 @@ def check_loss(rank: int, world_size: int, *, kernels: bool = False) -> None:
         assert dense_proxies.grad is not None
         # The gradient of a worker's embeddings is scaled for DDP, which averages over workers.
         assert relative_error(local.grad / world_size, dense_embeddings.grad[mine]) < 1e-5
-        exact_grad = dense_proxies.grad[part.start : part.stop]
+        exact_grad = dense_proxies.grad[part.start * per_class : part.stop * per_class]
         velocity = matrix.complete(step=step + 1)["velocity"]  # of the first step: the gradient
         if part.num_rows and exact_grad.norm() > 0:
             assert relative_error(velocity, exact_grad) < 1e-5

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsl_dist.proxies.counter_random import round_to_bfloat16, uniform_rows
 from nsl_dist.proxies.matrix import ProxyMatrix
-from nsl_dist.proxies.partition import Partition
 from nsl_dist.proxies.softmax import LOWEST_TEMPERATURE
 from nsl_dist.proxies.table import Table
 from nsl_dist.proxies.triton_step import TritonStep
@@ -65,7 +64,7 @@ def test_proxies_train_as_on_the_cpu(
     expected, ours = (train_proxies(matrix, steps=STEPS) for matrix in (on_cpu, on_device))
 
     assert ours.keys() == expected.keys()
-    start = Table(Partition(NUM_CLASSES), DIM, dtype=on_cpu.weight.values.dtype, initial_bound=DIM**-0.5).values
+    start = Table(range(NUM_CLASSES), DIM, dtype=on_cpu.weight.values.dtype, initial_bound=DIM**-0.5).values
     for name, theirs in expected.items():
         assert ours[name].dtype == theirs.dtype
         if name == "step":
@@ -89,6 +88,27 @@ def test_random_bits_do_not_depend_on_the_device(device: torch.device) -> None:
     assert torch.equal(round_to_bfloat16(values.to(device), rows.to(device), seed=7, stream=5).cpu(), rounded)
 
 
+@pytest.mark.parametrize("sample_rate", [1.0, 0.1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"margin": 0.35, "filter_above": 0.3},
+        {"margin": 1.2, "margin_kind": "angular", "per_class": 3, "label_smoothing": 0.1},
+    ],
+)
+def test_margins_and_several_proxies_as_on_the_cpu(
+    options: dict[str, Any], sample_rate: float, device: torch.device
+) -> None:
+    """In one step: over many, a rounding error may make another of two equally near proxies the nearest."""
+    found = []
+    for where in (torch.device("cpu"), device):
+        matrix = matrix_of(NUM_CLASSES, DIM, sample_rate=sample_rate, device=where, kernels=where == device, **options)
+        loss, gradient = loss_and_gradient(matrix)
+        found.append((loss, gradient, matrix.complete(step=STEPS + 1)["velocity"].cpu()))
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_placement_changes_nothing(optimizer: str, dtype: str, device: torch.device, tmp_path: Path) -> None:
@@ -101,7 +121,13 @@ def test_loss_and_gradients_equal_torchs_cross_entropy(temperature: float, devic
 
 
 @pytest.mark.parametrize(
-    "options", [{"sample_rate": 1.0}, {"num_sampled": 40}, {"num_sampled": 40, "correct_sampling": True}]
+    "options",
+    [
+        {"sample_rate": 1.0},
+        {"num_sampled": 40},
+        {"num_sampled": 40, "correct_sampling": True},
+        {"num_sampled": 40, "per_class": 3, "margin": 0.5, "margin_kind": "angular", "filter_above": 0.4},
+    ],
 )
 def test_chunks_change_nothing(options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     check_chunks(options, device=device, monkeypatch=monkeypatch, kernels=True)

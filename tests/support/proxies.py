@@ -38,7 +38,7 @@ def train_proxies(
 ) -> dict[str, torch.Tensor]:
     """Move the proxies by real losses on noisy embeddings of their classes; return the state, complete at the end."""
     rng = np.random.default_rng(5)
-    num_classes, dim = matrix.weight.values.shape
+    num_classes, dim = matrix.partition.num_classes, matrix.weight.values.shape[1]
     centres = rng.normal(size=(num_classes, dim))
     for step in range(stop or steps):
         labels = np.random.default_rng((6, step)).integers(0, num_classes, batch)
@@ -142,7 +142,7 @@ def check_draws(device: torch.device) -> None:
             assert isinstance(sampled, TritonStep)
             draw = draw_classes(labels, matrix.partition, num_sampled=matrix.num_sampled, seed=(5, step, rank))
             expected = np.arange(draw.num_rows) if draw.everything else draw.rows(ascending=False)
-            assert sampled.rows_S.tolist() == expected.tolist()
+            assert sampled.rows_R.tolist() == expected.tolist()
 
 
 def check_chunks(

@@ -18,6 +18,7 @@ from tests.support.processes import ROOT
 from tests.support.proxies import check_chunks, check_draws, check_loss_and_gradients, matrix_of
 
 CPU = torch.device("cpu")
+ANGULAR = {"margin_kind": "angular"}
 
 
 def train(options: dict[str, Any], *, kernels: bool, num_classes: int, dim: int, batch: int) -> dict[str, torch.Tensor]:
@@ -43,6 +44,9 @@ def train(options: dict[str, Any], *, kernels: bool, num_classes: int, dim: int,
         {"num_sampled": 70, "correct_sampling": True, "label_smoothing": 0.1}, {"num_sampled": 70, "placement": "host"},
         {"num_sampled": 70, "placement": "disk"}, {"num_sampled": 70, "placement": "host", "memory": 1e-5},
         {"memory": 1e-5}, {"num_sampled": 70, "placement": "disk", "memory": 1e-5, "optimizer": "adagrad"},
+        {"num_sampled": 70, "margin": 0.35, "filter_above": 0.3}, {"per_class": 3, "margin": 0.5, **ANGULAR},
+        {"num_sampled": 70, "per_class": 2, "margin": 1.2, "label_smoothing": 0.1, "placement": "disk", **ANGULAR},
+        {"num_sampled": 70, "per_class": 3, "placement": "host", "memory": 1e-5, "correct_sampling": True},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("num_classes", "dim", "batch"), [(203, 24, 13)])
@@ -61,7 +65,8 @@ def test_kernels_do_what_pytorch_does(
 @pytest.mark.parametrize(("num_classes", "dim", "batch"), [(40, 1, 1), (17, 5, 3), (300, 130, 33)])
 def test_kernels_handle_odd_sizes(num_classes: int, dim: int, batch: int) -> None:
     sizes: dict[str, Any] = {"num_classes": num_classes, "dim": dim, "batch": batch}
-    expected, found = (train({"num_sampled": 15}, kernels=kernels, **sizes) for kernels in (False, True))
+    options = {"num_sampled": 15, "per_class": 1 + batch // 3 % 3}
+    expected, found = (train(options, kernels=kernels, **sizes) for kernels in (False, True))
     for name, theirs in expected.items():
         torch.testing.assert_close(found[name], theirs, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -163,13 +168,13 @@ from nsl_dist.proxies import kernels
 POINTERS = {
     "sampling": "*i64", "update": "*i64", "rows": "*i64", "steps": "*i32", "within": "*fp64", "after": "*fp64"
 }
-table, unit, capability = sys.argv[1:]
+table, unit, capability, per_class, angular = sys.argv[1:]
 POINTERS |= dict.fromkeys(("weight", "velocity", "table", "values"), f"*{table}")
 POINTERS |= dict.fromkeys(("unit", "queries", "grad_logits"), f"*{unit}")
-INTEGERS = {"first", "padded", "num_steps", "num_blocks", "first_class"}
+INTEGERS = {"first", "padded", "num_steps", "num_blocks", "first_row"}
 CONSTANTS = {
     "CATCH_UP": True, "STAGED": False, "PER_BLOCK": 1024, "BLOCK": 256, "BITS": 21, "SEARCH": 10, "BS": 32, "BB": 64,
-    "TO_TABLE": True, **kernels.rows_at_once(24),
+    "TO_TABLE": True, "PER_CLASS": int(per_class), "ANGULAR": bool(int(angular)), **kernels.rows_at_once(24),
 }
 names = [name for name in vars(kernels) if name.endswith("_kernel")]
 for name in names:
@@ -180,7 +185,7 @@ for name in names:
             types[argument] = "constexpr"
         elif argument.isupper() or argument in INTEGERS:
             types[argument] = "i32"
-        elif argument in ("scale", "shift", "smoothing"):
+        elif argument in ("scale", "shift", "smoothing", "margin", "most"):
             types[argument] = "fp32"
         else:
             types[argument] = POINTERS.get(argument, "*fp32")
@@ -192,11 +197,11 @@ print(len(names))
 """
 
 
-@pytest.mark.parametrize(("table", "unit", "capability"), [("fp32", "fp32", "80"), ("bf16", "bf16", "90")])
-def test_kernels_compile_for_gpus(table: str, unit: str, capability: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [("fp32", "fp32", "80", "1", "0"), ("bf16", "bf16", "90", "3", "1")])
+def test_kernels_compile_for_gpus(arguments: tuple[str, ...], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, table, unit, capability], capture_output=True, text=True, check=False, cwd=ROOT,
+        [sys.executable, "-c", COMPILE, *arguments], capture_output=True, text=True, check=False, cwd=ROOT,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "11\n", "")

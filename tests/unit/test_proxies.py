@@ -61,9 +61,9 @@ def test_initial_proxies_are_uniform_and_independent() -> None:
 @pytest.mark.parametrize("placement", ["device", "disk"])
 def test_initial_proxies_do_not_depend_on_the_number_of_workers(placement: str, tmp_path: Path) -> None:
     place: dict[str, Any] = {"placement": placement, "directory": str(tmp_path), "seed": 7, "initial_bound": 0.5}
-    whole = Table(Partition(10_007), 4, seed=7, initial_bound=0.5).values
+    whole = Table(range(10_007), 4, seed=7, initial_bound=0.5).values
     for world_size in (1, 3):
-        parts = [Table(Partition(10_007, rank, world_size), 4, **place) for rank in range(world_size)]
+        parts = [Table(Partition(10_007, rank, world_size).rows(1), 4, **place) for rank in range(world_size)]
         for part in parts:
             part.make_all()
         assert torch.equal(torch.cat([part.values for part in parts]), whole)
@@ -171,7 +171,7 @@ def test_corrected_normaliser_is_unbiased() -> None:
             (chunk,) = sampled.chunks
             assert matrix.optimizer is not None
             logits = F.normalize(embeddings) @ F.normalize(matrix.optimizer.read(chunk.rows)[0]).T / 0.3
-            multiplicity = torch.full((chunk.num_rows,), chunk.multiplicity)
+            multiplicity = torch.full((chunk.num_classes,), chunk.multiplicity)
             multiplicity[chunk.target_columns] = 1.0
             sums.append((logits.exp() * multiplicity).sum(1))
             loss = matrix.loss(embeddings, labels, step=step, lr=0.0)
@@ -191,7 +191,7 @@ def test_correction_keeps_one_class_to_stand_for_the_rest() -> None:
     sampled = matrix._sample(np.array([3, 5, 3]), step=0)
     assert isinstance(sampled, TorchStep)
     (chunk,) = sampled.chunks
-    assert (chunk.num_rows, chunk.num_positives, chunk.multiplicity) == (3, 2, 18)
+    assert (chunk.num_classes, chunk.num_positives, chunk.multiplicity) == (3, 2, 18)
 
 
 # Loss
@@ -203,7 +203,13 @@ def test_loss_and_gradients_equal_torchs_cross_entropy(temperature: float) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"sample_rate": 1.0}, {"num_sampled": 40}, {"num_sampled": 40, "correct_sampling": True}]
+    "options",
+    [
+        {"sample_rate": 1.0},
+        {"num_sampled": 40},
+        {"num_sampled": 40, "correct_sampling": True},
+        {"num_sampled": 40, "per_class": 3, "margin": 0.5, "margin_kind": "angular", "filter_above": 0.4},
+    ],
 )
 def test_chunks_change_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     check_chunks(options, device=CPU, monkeypatch=monkeypatch)
@@ -230,7 +236,7 @@ def test_products_in_lower_precision_stay_near(matmul: str) -> None:
     exact, rounded = (
         train_proxies(matrix_of(300, 32, num_sampled=100, matmul=each), steps=20) for each in ("float32", matmul)
     )
-    start = Table(Partition(300), 32, initial_bound=32**-0.5).values
+    start = Table(range(300), 32, initial_bound=32**-0.5).values
     assert (rounded["weight"] - exact["weight"]).norm() < 0.05 * (exact["weight"] - start).norm()
     assert backend.fp32_precision == before
 
@@ -322,7 +328,7 @@ def test_sparse_updates_follow_dense_sgd(momentum: float, weight_decay: float, m
     """200 steps on a few rows each, under a schedule with warm-up and a step, through several blocks of history."""
     monkeypatch.setattr(MapProducts, "STEPS_PER_BLOCK", 16)
     rng = np.random.default_rng(0)
-    weight = Table(Partition(30), 4, initial_bound=1.0)
+    weight = Table(range(30), 4, initial_bound=1.0)
     dense = weight.values.double().requires_grad_()
     reference = torch.optim.SGD([dense], lr=1.0, momentum=momentum, weight_decay=weight_decay)
     ours = DeferredSGD(weight, momentum=momentum, weight_decay=weight_decay)
@@ -349,7 +355,7 @@ def test_sparse_updates_follow_dense_sgd(momentum: float, weight_decay: float, m
 
 def test_rowwise_adagrad() -> None:
     rng = np.random.default_rng(0)
-    weight = Table(Partition(10), 4, initial_bound=1.0)
+    weight = Table(range(10), 4, initial_bound=1.0)
     expected = weight.values.double().numpy().copy()
     accumulator = np.zeros((10, 1))
     ours = RowwiseAdagrad(weight, weight_decay=0.01)
@@ -393,7 +399,7 @@ def test_bfloat16_follows_float32(optimizer: str) -> None:
         train_proxies(matrix_of(50, 32, optimizer=optimizer, num_sampled=25, dtype=dtype), steps=200, lr=lr)
         for dtype in ("float32", "bfloat16")
     ]
-    start = Table(Partition(50), 32, initial_bound=32**-0.5).values
+    start = Table(range(50), 32, initial_bound=32**-0.5).values
     exact, rounded = (F.normalize(state["weight"].float()) for state in states)
     assert states[1]["weight"].dtype == torch.bfloat16
     moved = (exact - F.normalize(start)).norm()
@@ -436,6 +442,6 @@ def test_rows_on_disk_are_made_when_they_are_read(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot keep \d+.\d GiB of class proxies in .*; set --proxies.directory to"):
-        Table(Partition(2**40), 512, placement="disk", directory=str(tmp_path))
+        Table(range(2**40), 512, placement="disk", directory=str(tmp_path))
     with pytest.raises(ValueError, match=r"cannot keep 0.0 GiB of class proxies in /no/such: No such file"):
-        Table(Partition(10), 4, placement="disk", directory="/no/such")
+        Table(range(10), 4, placement="disk", directory="/no/such")
