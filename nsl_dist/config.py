@@ -235,18 +235,39 @@ class ProxyConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD and the learning rate schedule."""
+    """The model's optimiser and the learning rate schedule."""
 
     epochs: int = 15
     """Epochs of floor(images / batch-size) iterations, not counting --optim.new-layers-epochs."""
     new_layers_epochs: int = 0
     """Initial epochs that train only the linear layer and the proxies. The optimiser is reset afterwards."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser of backbone and linear layer; that of the proxies is --proxies.optimizer."""
     lr: float = 0.01
     """Peak learning rate of backbone and linear layer."""
+    new_layers_lr_scale: float = 1.0
+    """Learning rate of the linear layer, relative to the backbone's."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of the backbone, relative to that of the layer above it; the topmost one has
+    --optim.lr. Below 1 it needs a timm backbone, whose layers timm names."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Momentum of SGD, that of the proxies included; beta1 of AdamW."""
+    beta2: float = 0.999
+    """Decay of AdamW's second moment."""
     weight_decay: float = 1e-4
-    """SGD weight decay, also applied to the proxies."""
+    """Weight decay, also applied to the proxies."""
+    decay_norms: bool = True
+    """Apply weight decay also to parameters with at most one dimension: norms, biases and the like."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of backbone and linear layer together; a longer one is scaled down to it. The
+    gradients of the proxies neither count nor are scaled. If None, gradients are not clipped."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the model's weights. The average is what is evaluated and kept. In
+    iteration n the decay is at most (1 + n) / (10 + n), so that the initial weights are soon forgotten. If None, there
+    is no average."""
+    frozen: str | None = None
+    """Regular expression. Parameters of the backbone whose name begins with a match are not trained; .* freezes the
+    whole backbone. Batch norms without a trained parameter keep their statistics too."""
     schedule: Literal["step", "cosine"] = "cosine"
     """step: times 0.1 after --optim.step-epochs. cosine: decays to zero at the end."""
     step_epochs: int = 15
@@ -260,7 +281,19 @@ class OptimConfig:
         for name in ("new_layers_epochs", "warmup_steps", "weight_decay"):
             _require(getattr(self, name) >= 0, f"--optim.{name.replace('_', '-')} {getattr(self, name)} must be >= 0")
         _require(self.lr > 0, f"--optim.lr {self.lr} must be positive")
+        _require(
+            self.new_layers_lr_scale > 0, f"--optim.new-layers-lr-scale {self.new_layers_lr_scale} must be positive"
+        )
+        _require(0 < self.layer_decay <= 1, f"--optim.layer-decay {self.layer_decay} must be in (0, 1]; 1 is no decay")
         _require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum} must be in [0, 1)")
+        _require(0 <= self.beta2 < 1, f"--optim.beta2 {self.beta2} must be in [0, 1)")
+        _require(self.clip_norm is None or self.clip_norm > 0, f"--optim.clip-norm {self.clip_norm} must be positive")
+        _require(self.ema is None or 0 <= self.ema < 1, f"--optim.ema {self.ema} must be in [0, 1)")
+        if self.frozen is not None:
+            try:
+                re.compile(self.frozen)
+            except re.error as error:
+                raise ValueError(f"--optim.frozen {self.frozen!r} is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,12 @@ class EmbeddingModel(nn.Module):
         self.neck = neck
         self.linear = None if dim == num_features else nn.Linear(num_features, dim, bias=False)
 
+    @property
+    def network(self) -> nn.Module:
+        """The torchvision or timm model that is the backbone, without what rescales its input."""
+        backbone = self.backbone
+        return backbone[1] if isinstance(backbone, nn.Sequential) and isinstance(backbone[0], _Rescale) else backbone
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Embed normalised images (see `transforms.Normalise`).
 

@@ -208,10 +208,8 @@ def time_stages(_: int, work: Work, bench: BenchConfig) -> dict[str, float]:
         with timed("backward", threads):
             torch.autograd.backward(embeddings, leaf.grad)
         with timed("optimiser", threads):
-            assert apart.optimizer is not None
-            apart.optimizer.param_groups[0]["lr"] = lr
-            apart.optimizer.step()
-            apart.optimizer.zero_grad()
+            apart.update_model(step)
+            apart.model.zero_grad()
         with timed("step", threads):
             whole_loss = whole.run(images, part.labels, step=step)
         assert step > 0 or math.isclose(loss.item(), whole_loss.item(), rel_tol=1e-3), (

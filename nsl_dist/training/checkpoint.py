@@ -2,8 +2,11 @@
 
 A checkpoint is a folder with these files:
 
-- `embedder.safetensors` and `embedder.json`: the embedding model only (see `nsl_dist.embedder`);
-- `optimizer.safetensors`: the model's momentum, and the updates that unsampled proxies have missed;
+- `embedder.safetensors` and `embedder.json`: the embedding model only (see `nsl_dist.embedder`); in a run with a moving
+  average of the weights, the average;
+- `optimizer.safetensors`: the state of the model's optimiser by parameter (SGD's momentum under its bare name, AdamW's
+  under `exp_avg.`, `exp_avg_sq.` and `step.`), under `raw.` the weights that an average is of, and under `proxies.` the
+  updates that unsampled proxies have missed;
 - `proxies-RANK-of-WORKERS.safetensors`: each worker's rows of the class proxies and of their optimiser's state; any
   other number of workers reads its own rows by range;
 - `run.json`: step, number of classes and workers, data digest and configuration.
@@ -27,6 +30,7 @@ from torch import Tensor
 from nsl_dist import storage
 from nsl_dist.embedder import describe, load_weights, weights_of
 from nsl_dist.memory_map import map_file
+from nsl_dist.model import EmbeddingModel
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.run import (
     DESCRIPTION_FILE,
@@ -39,7 +43,10 @@ from nsl_dist.run import (
 from nsl_dist.training.row_files import read_rows, write_rows
 from nsl_dist.training.step import TrainingStep
 
-HISTORY = "proxies."  # name prefix that separates the proxies' history from model parameters
+# Prefixes of names in `optimizer.safetensors`.
+HISTORY = "proxies."  # what unsampled proxies have missed
+RAW = "raw."  # weights that are trained, where the embedder has their average
+STATE = {"momentum_buffer": "", "exp_avg": "exp_avg.", "exp_avg_sq": "exp_avg_sq.", "step": "step."}
 
 
 class Checkpointer:
@@ -79,7 +86,8 @@ class Checkpointer:
                 self._rows[name] = _like(tensor, self._training)
             self._rows[name].copy_(tensor, non_blocking=True)
         if partition.rank == 0:
-            self._model = {name: _to_host(tensor) for name, tensor in training.model.state_dict().items()}
+            embedder = _embedder_of(training)
+            self._model = {name: _to_host(tensor) for name, tensor in embedder.state_dict().items()}
             self._optimizer = {name: _to_host(tensor) for name, tensor in _optimizer_state(training).items()}
         if training.device.type == "cuda":
             torch.cuda.synchronize()
@@ -162,7 +170,7 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
         )
     training.begin_phase(max(record.step - 1, 0))  # the saved optimiser is that of the previous step
     weights, content = read(MODEL_FILE), read(OPTIMIZER_FILE)
-    load_weights(training.model, weights, location=location)
+    load_weights(_embedder_of(training), weights, location=location)
     try:
         state = load_safetensors(content)
     except SafetensorError as error:
@@ -179,20 +187,38 @@ def load(location: str, training: TrainingStep, *, digest: str) -> Loaded:
     training.proxies.resume(
         {name.removeprefix(HISTORY): tensor for name, tensor in state.items() if name.startswith(HISTORY)}
     )
-    if training.optimizer is not None:
-        for name, parameter in training.model.named_parameters():
-            if name in state:
-                training.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(state[name])
+    if training.average is not None:
+        raw = {name.removeprefix(RAW): tensor for name, tensor in state.items() if name.startswith(RAW)}
+        training.model.load_state_dict(raw)
+    _load_optimizer(training, state)
     return Loaded(record.step, num_bytes)
+
+
+def _embedder_of(training: TrainingStep) -> EmbeddingModel:
+    return training.average.model if training.average is not None else training.model
+
+
+def _load_optimizer(training: TrainingStep, state: dict[str, Tensor]) -> None:
+    """Load what `_optimizer_state` has returned, where and in the memory format that the optimiser itself would."""
+    if training.optimizer is None:
+        return
+    for name, parameter in training.model.named_parameters():
+        for kind, prefix in STATE.items():
+            saved = state.get(prefix + name)
+            if saved is not None:
+                like = torch.empty_like(saved if kind == "step" else parameter, device=training.device)
+                training.optimizer.state[parameter][kind] = like.copy_(saved)
 
 
 def _optimizer_state(training: TrainingStep) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     if training.optimizer is not None:
         for name, parameter in training.model.named_parameters():
-            momentum = training.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                state[name] = momentum
+            for kind, tensor in training.optimizer.state.get(parameter, {}).items():
+                if tensor is not None:
+                    state[STATE[kind] + name] = tensor
+    if training.average is not None:
+        state |= {RAW + name: tensor for name, tensor in training.model.state_dict().items()}
     assert training.proxies.optimizer is not None
     return state | {HISTORY + name: tensor for name, tensor in training.proxies.optimizer.history.items()}
 

@@ -17,6 +17,7 @@ from nsl_dist.model import build_model
 from nsl_dist.proxies.matrix import ProxyMatrix
 from nsl_dist.proxies.partition import Partition
 from nsl_dist.schedule import Schedule
+from nsl_dist.training.optimizer import MovingAverage, build_optimizer, freeze
 
 
 class TrainingStep:
@@ -26,6 +27,7 @@ class TrainingStep:
         model: the bare embedding model.
         proxies: this worker's partition of the class-proxy matrix.
         optimizer: optimiser of the model's trainable parameters; None in a phase that only trains the proxies.
+        average: moving average of the model's weights; None if the run has none.
         schedule: phases and learning rates.
 
     """
@@ -66,7 +68,9 @@ class TrainingStep:
             device=device,
             group=self.group,
         )
-        self.optimizer: torch.optim.SGD | None = None
+        ema = config.optim.ema
+        self.average = MovingAverage(self.model, ema) if ema is not None else None
+        self.optimizer: torch.optim.Optimizer | None = None
         self.begin_phase(0)
 
     def begin_phase(self, step: int) -> None:
@@ -74,16 +78,8 @@ class TrainingStep:
         optim = self.config.optim
         everything = step >= self.schedule.num_new_layers_steps
         self.model.backbone.requires_grad_(everything)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = None
-        if trainable:
-            self.optimizer = torch.optim.SGD(
-                trainable,
-                lr=optim.lr,
-                momentum=optim.momentum,
-                weight_decay=optim.weight_decay,
-                fused=self.device.type == "cuda",
-            )
+        self._frozen_norms = freeze(self.model, optim.frozen) if optim.frozen is not None else []
+        self.optimizer = build_optimizer(self.model, optim)
         self.wrap_model(compiled=self.compiled)
         self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay, step=step)
 
@@ -116,17 +112,32 @@ class TrainingStep:
         # Dropout and stochastic depth draw from the global generator.
         torch.manual_seed(int(np.random.default_rng((self.config.seed, step, self._rank, 1)).integers(2**63)))
         embeddings_bD = self.embed(images_bCHW)
-        lr = self.schedule.learning_rate(step)
-        lr_proxies = lr * self.config.proxies.lr_scale
+        lr_proxies = self.schedule.learning_rate(step) * self.config.proxies.lr_scale
         loss = self.proxies.loss(embeddings_bD, labels_B, step=step, lr=lr_proxies, accuracy=accuracy)
 
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         loss.backward()  # also updates the proxies
-        if self.optimizer is not None:
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
+        self.update_model(step)
         return loss.detach()
+
+    def update_model(self, step: int) -> None:
+        """Update the model by its gradients, which DDP has averaged, and then the average of its weights.
+
+        Only the model's gradients are clipped: those of the proxies, whose backward pass has updated them, are not.
+        """
+        if self.optimizer is not None:
+            groups = self.optimizer.param_groups
+            if self.config.optim.clip_norm is not None:
+                # Without a look at the norm, for which the host would have to wait for the device.
+                parameters = [parameter for group in groups for parameter in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
+            lr = self.schedule.learning_rate(step)
+            for group in groups:
+                group["lr"] = lr * group["lr_scale"]
+            self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
 
     def warm_up(self) -> None:
         """Compile the model, by a forward and a backward pass over blank images, and leave everything as it was."""
@@ -145,6 +156,8 @@ class TrainingStep:
     def embed(self, images_bCHW: Tensor) -> Tensor:
         """Embed uint8 images in training mode."""
         self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
         images_bCHW = images_bCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext():
             return self._forward(images_bCHW)

@@ -449,6 +449,7 @@ def _described_work(run: Run) -> dict[str, str]:
         config.data.batch_size, config.data.images_per_class, config.optim.new_layers_epochs
     )  # fmt: skip
     newest = run.folder.newest_checkpoint()
+    optimizer = {"sgd": "SGD", "adamw": "AdamW"}[config.optim.optimizer]
     return {
         "batches": (
             f"{batch_size // per_class} classes x {per_class} images = {batch_size}, "
@@ -459,7 +460,7 @@ def _described_work(run: Run) -> dict[str, str]:
         + f"{batch_size // fewest} on each worker",
         "schedule": (f"{new_layers_epochs} epochs of the new layers, then " if new_layers_epochs else "")
         + f"{config.optim.epochs} epochs of {schedule.steps_per_epoch} iterations = {schedule.num_steps:,} in all; "
-        f"SGD {config.optim.lr}, {config.optim.schedule}",
+        f"{optimizer} {config.optim.lr}, {config.optim.schedule}",
         "workers": f"{config.num_workers} on {config.device}",
         "checkpoint": f"every {config.checkpoint.every}{'' if config.checkpoint.minutes else ' iterations'}"
         + (f"; continues from {newest[0]}" if newest else ""),

@@ -1,11 +1,16 @@
 import dataclasses
+import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nsl_dist.commandline import parse_train_config
-from nsl_dist.config import TrainConfig
+from nsl_dist.config import OptimConfig, TrainConfig, config_from_dict, differences
 from nsl_dist.recipes import FIGURES, RECIPES
+
+WRITTEN_BY_0_1_0 = Path(__file__).parents[1] / "support" / "run_0.1.0.json"
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -26,6 +31,12 @@ def parse(*arguments: str) -> TrainConfig:
         (["--proxies.filter-above", "1"], "--proxies.filter-above 1.0 must be a cosine similarity in [-1, 1)"),
         (["--num-workers", "0"], "--num-workers 0 must be at least 1"),
         (["--optim.epochs", "0"], "--optim.epochs 0 must be >= 1"),
+        (["--optim.new-layers-lr-scale", "0"], "--optim.new-layers-lr-scale 0.0 must be positive"),
+        (["--optim.layer-decay", "1.1"], "--optim.layer-decay 1.1 must be in (0, 1]; 1 is no decay"),
+        (["--optim.beta2", "1"], "--optim.beta2 1.0 must be in [0, 1)"),
+        (["--optim.clip-norm", "0"], "--optim.clip-norm 0.0 must be positive"),
+        (["--optim.ema", "1"], "--optim.ema 1.0 must be in [0, 1)"),
+        (["--optim.frozen", "layer("], "--optim.frozen 'layer(' is not a regular expression: missing )"),
         (["--run-name", "a/b"], "--run-name 'a/b'"),
         (["--tracking.register", "a/b"], "--tracking.register 'a/b' must not contain / or :"),
     ],
@@ -43,6 +54,20 @@ def test_flags_override_the_recipe() -> None:
     )
     assert (config.optim.epochs, config.data.root, config.model.backbone) == (3, "/x", "resnet18")
     assert (config.optim.lr, config.model.dim, config.data.resized_edge) == (0.01, 2048, 256)
+
+
+def test_a_run_of_the_release_before_goes_on_with_the_same_optimiser() -> None:
+    """Its configuration lacks the fields that were added since."""
+    fields = json.loads(WRITTEN_BY_0_1_0.read_text())["config"]
+    added = {field.name for field in dataclasses.fields(OptimConfig)} - fields["optim"].keys()
+    assert {"optimizer", "layer_decay", "ema", "frozen"} <= added
+    before = config_from_dict(fields, location="config.json")
+    assert differences(before, before) == []
+    changes: dict[str, Any] = {"optimizer": "adamw", "ema": 0.9, "frozen": ".*", "clip_norm": 1.0}
+    for name, value in changes.items():
+        now = dataclasses.replace(before, optim=dataclasses.replace(before.optim, **{name: value}))
+        old = getattr(before.optim, name)
+        assert differences(before, now) == [f"--optim.{name.replace('_', '-')} {old} -> {value}"]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
