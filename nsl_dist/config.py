@@ -255,7 +255,7 @@ class OptimConfig:
     beta2: float = 0.999
     """Decay of AdamW's second moment."""
     weight_decay: float = 1e-4
-    """Weight decay, also applied to the proxies."""
+    """Weight decay, also that of the proxies unless --proxies.weight-decay is given."""
     decay_norms: bool = True
     """Apply weight decay also to parameters with at most one dimension: norms, biases and the like."""
     clip_norm: float | None = None
@@ -499,6 +499,9 @@ class TrainConfig:
     """Folder or URI for runs, checkpoints and shards. On a cluster, all nodes must be able to reach it."""
     run_name: str | None = None
     """Name of the run and of its folder in STORAGE/runs. If None, the recipe and the time."""
+    init_from: str | None = None
+    """Run or checkpoint to start from: its model, and the proxies of the classes that it knows, with the state of the
+    optimisers. New classes start from the mean embedding of their images. --model.weights takes the model alone."""
     num_workers: int | None | str = None  # noqa: RUF036  (so that tyro parses both "None" and "2..4")
     """Number of training workers, or a range such as 2..4 for elastic training, which uses as many as the cluster has
     room for. If None, one per GPU as long as the batch divides evenly, or one on CPUs."""

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from nsl_dist import storage
@@ -25,6 +27,7 @@ BEST = "best"
 RESULTS_FILE = "results.json"
 FAILURES_FILE = "failures.csv"
 MLFLOW_ID_FILE = "mlflow_run_id"
+_CLASSES_FILE = "classes.parquet"
 _CONFIG_FILE = "config.json"
 _DIGEST_FILE = "data_digest"
 _LEFT_OUT_FILE = "left_out.json"
@@ -223,8 +226,10 @@ class RunFolder:
         """Return whether the run has results."""
         return storage.exists(self.results)
 
-    def begin(self, config: TrainConfig, *, digest: str, mlflow_run_id: str) -> None:
+    def begin(self, config: TrainConfig, *, digest: str, class_ids: pa.ChunkedArray, mlflow_run_id: str) -> None:
         """Record how the run was started; `mlflow_run_id` is written last and marks the record as complete."""
+        with storage.open_output(self.file(_CLASSES_FILE)) as stream:
+            pq.write_table(pa.table({"class_id": class_ids}), stream, compression="zstd")
         storage.write_bytes(self.file(_CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
         storage.write_bytes(self.file(_DIGEST_FILE), digest.encode())
         storage.write_bytes(self.file(MLFLOW_ID_FILE), mlflow_run_id.encode())
@@ -240,6 +245,15 @@ class RunFolder:
         if not storage.exists(location):
             return None
         return config_from_dict(json.loads(storage.read_bytes(location)), location=location)
+
+    def has_class_ids(self) -> bool:
+        """Return whether the run has recorded its training classes, as those before version 0.2.0 did not."""
+        return storage.exists(self.file(_CLASSES_FILE))
+
+    def class_ids(self) -> pa.ChunkedArray:
+        """Return the training classes, in the order of their proxies."""
+        filesystem, path = storage.resolve(self.file(_CLASSES_FILE))
+        return pq.read_table(path, filesystem=filesystem)["class_id"]
 
     def tracking_uri(self) -> str | None:
         """Return --tracking.uri as the run was started with, whatever release that was."""

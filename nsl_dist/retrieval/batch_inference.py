@@ -10,9 +10,9 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -91,11 +91,25 @@ def embed(
     opened = {name: manifest.split(name) for name in dict.fromkeys(splits or manifest.evaluation_splits)}
     shards = [shard for name, split in opened.items() for shard in _shards_of(name, split)]
     missing = _without_written(shards, out)
-    batches = _embedded(missing, opened, weights, config, num_gpus=num_gpus, most_cpus=most_cpus)
-    _write_files(batches, missing, opened, labels, out=out)
+    # Closed whatever happens: Ray Data would go on by itself, and keep the process from ending.
+    with closing(_embedded(missing, opened, weights, config, num_gpus=num_gpus, most_cpus=most_cpus)) as batches:
+        _write_files(batches, missing, opened, labels, out=out)
     sets = [_embedding_set(name, shards, location=out, dim=config.model.dim) for name in opened]
     write_index(out, sets)
     return {each.split: each for each in sets}
+
+
+def mean_embeddings(weights: bytes, config: TrainConfig, split: Split, *, num_gpus: int) -> NDArray[np.float32]:
+    """Return the mean embedding of the images of each class, `[num_classes, dim]`; see `embed`."""
+    offsets, name = split.offsets, "train"
+    sums = np.zeros((split.num_classes, config.model.dim))
+    shards = _shards_of(name, split)
+    with closing(_embedded(shards, {name: split}, weights, config, num_gpus=num_gpus, most_cpus=None)) as batches:
+        for batch in batches:
+            labels = np.searchsorted(offsets, batch["id"].to_numpy(), side="right") - 1
+            vectors = batch["vector"].combine_chunks().flatten().to_numpy().reshape(len(labels), -1)
+            np.add.at(sums, labels, vectors)
+    return (sums / split.sizes[:, None]).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +137,8 @@ def _shards_of(name: str, split: Split) -> list[_Shard]:
     shards = []
     for place, shard in enumerate(split.shard_names):
         labels = np.flatnonzero(split.shards == place)
+        if len(labels) == 0:  # of some classes of a split
+            continue
         shards.append(_Shard(name, shard, labels, int(offsets[labels[0]]), int(split.sizes[labels].sum())))
     return shards
 
@@ -146,7 +162,7 @@ def _embedded(
     *,
     num_gpus: int,
     most_cpus: int | None,
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table]:
     """Yield batches of embeddings in any order, with `shard` (its place in `shards`), `id`, `path` and `vector`."""
     if not shards:
         return

@@ -24,6 +24,7 @@ def write_report(
     manifest: Manifest,
     history: History,
     untrained: EvaluationResults | None = None,
+    facts: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Write `report.html` and `figures/*.svg`. It never fails: what goes wrong is printed, and there is no report.
 
@@ -35,6 +36,7 @@ def write_report(
         manifest: of the data set.
         history: of the training; may be empty.
         untrained: results before the training, for comparison.
+        facts: what else to say of the run, by heading.
 
     Returns:
         The files by name; none if there is no report.
@@ -42,6 +44,7 @@ def write_report(
     """
     try:
         findings = gather(results, name=name, config=config, manifest=manifest, history=history, untrained=untrained)
+        findings.facts.update(facts or {})
         files = render(findings)
         for path, content in files.items():
             storage.write_bytes(storage.join(folder, path), content.encode())

@@ -16,7 +16,7 @@ def check_model(config: TrainConfig) -> None:
     from nsl_dist.model import build_model
     from nsl_dist.training.optimizer import build_optimizer, freeze
 
-    model = build_model(config.model, seed=config.seed).eval()
+    model = build_model(config.model, seed=config.seed, pretrained=config.init_from is None).eval()
     try:
         # Like loading a checkpoint: some torchvision weights come with another image size.
         build_model(config.model, seed=config.seed, pretrained=False).load_state_dict(model.state_dict())

@@ -19,6 +19,7 @@ class TrainingResults:
         train_images_per_second: median throughput; None if training was too short to measure it.
         data: digest, source and splits.
         left_out_shards: damaged shards whose classes were left out of training.
+        growth: see `growth.Growth`, in JSON form; None for a run that did not start from another.
         config: configuration of the run in JSON form.
 
     """
@@ -32,6 +33,7 @@ class TrainingResults:
     train_images_per_second: float | None
     data: dict[str, Any]
     left_out_shards: list[str]
+    growth: dict[str, Any] | None = None
     config: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class TrainingResults:
             "train_images_per_second": self.train_images_per_second,
             "data": self.data,
             "left_out_shards": self.left_out_shards,
+            "growth": self.growth,
             "config": self.config,
         }  # fmt: skip
 
@@ -60,6 +63,7 @@ class TrainingResults:
         return cls(
             evaluation=EvaluationResults.from_json(content | {"seconds": content["evaluation_seconds"]}),
             untrained=EvaluationResults.from_json(content["untrained"]) if "untrained" in content else None,
+            growth=content.get("growth"),
             config=content["config"],
             **{name: content[name] for name in own},
         )

@@ -81,7 +81,12 @@ class TrainingStep:
         self._frozen_norms = freeze(self.model, optim.frozen) if optim.frozen is not None else []
         self.optimizer = build_optimizer(self.model, optim)
         self.wrap_model(compiled=self.compiled)
-        self.proxies.start_optimizer(momentum=optim.momentum, weight_decay=optim.weight_decay, step=step)
+        weight_decay = self.config.proxies.weight_decay
+        self.proxies.start_optimizer(
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay if weight_decay is None else weight_decay,
+            step=step,
+        )
 
     def wrap_model(self, *, compiled: bool) -> None:
         """Wrap the model for its forward pass."""

@@ -36,6 +36,7 @@ from nsl_dist.training.results import TrainingResults
 
 if TYPE_CHECKING:
     from nsl_dist.tracking.tracker import Tracker
+    from nsl_dist.training.growth import Growth, Match
 
 # CPUs besides the training workers': one to decode, and one for evaluation during training, which embeds on CPUs.
 DATA_CPUS = 1
@@ -70,10 +71,12 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
     manifest = _open_data(config, source, check)
     config = fit_batch(config, manifest.split("train").sizes)  # again: classes may have gone with undecodable images
     start.end("data and model")
+    match = _match_classes(config, folder, manifest)
     run = begin(config, folder, manifest, tracker)
     with _tracking_the_end(run, tracker):
         _announce(run, tracker)
         spent.end("setup")
+        growth = _start_from_another(run, match)
         untrained = None
         if config.eval.untrained:
             untrained = _evaluate(run, tracker, step=0)
@@ -93,10 +96,12 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
             train_images_per_second=statistics.median(rates) if rates else None,
             data={"digest": manifest.digest, "source": manifest.source, **manifest.splits},
             left_out_shards=folder.left_out_shards(),
+            growth=dataclasses.asdict(growth) if growth is not None else None,
             config=dataclasses.asdict(config),
         )
         _finish(run, results, tracker)
-    has_report = not of_study and _report(run, results, tracker)
+    facts = {} if growth is None else {"classes": growth.sentence()}
+    has_report = not of_study and _report(run, results, tracker, facts=facts)
     if config.tracking.register is not None:
         _register(config.tracking.register, run, tracker)
     _show_results(run, results, tracker, has_report=has_report)
@@ -119,9 +124,15 @@ def _check(config: TrainConfig) -> tuple[TrainConfig, DataSource | None]:
     if config.data.test_classes is not None:  # an evaluation reads it again, from another folder
         test_classes = storage.absolute(config.data.test_classes)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_classes=test_classes))
+    if config.init_from is not None:
+        config = dataclasses.replace(config, init_from=storage.absolute(config.init_from))
     source = find_source(config.data)
     storage.check_writable(config.storage)
     config = as_started(config)
+    if config.init_from is not None and RunFolder.of(config).newest_checkpoint() is None:
+        from nsl_dist.training.growth import check_source  # torch takes seconds to import
+
+        check_source(config)
     check_index(config.eval, config.model.dim)
     if source is not None:
         sizes = source.training_sizes()
@@ -351,7 +362,12 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
         commit = cluster.job_metadata().get("git_commit") or None  # set in the Makefile
         tracker.start(config, manifest, cluster=cluster.described(), git_commit=commit)
         tracker.note(_description(config, manifest))
-        folder.begin(config, digest=manifest.digest, mlflow_run_id=tracker.run_id)
+        folder.begin(
+            config,
+            digest=manifest.digest,
+            class_ids=manifest.class_ids("train"),
+            mlflow_run_id=tracker.run_id,
+        )
     else:
         digest = folder.data_digest() or ""
         if digest != manifest.digest:
@@ -432,7 +448,8 @@ def _described_model(run: Run) -> dict[str, str]:
         *([f"label smoothing {proxies.label_smoothing:g}"] if proxies.label_smoothing else []),
     ]
     return {
-        "model": f"{config.model.backbone} ({config.model.weights or 'random weights'}), {config.model.dim} "
+        "model": f"{config.model.backbone} ({config.init_from or config.model.weights or 'random weights'}), "
+        f"{config.model.dim} "
         f"dimensions, {config.data.image_size} x {config.data.image_size} pixels",
         "proxies": f"{num_classes * proxies.per_class:,} x {config.model.dim}, {sampled} sampled in each iteration; "
         f"each worker keeps {rows:,} in {proxies.dtype}, {mib:,.1f} MiB with the state of {proxies.optimizer}, placed "
@@ -488,10 +505,38 @@ def _tracking_the_end(run: Run, tracker: "Tracker") -> Iterator[None]:
         raise
 
 
+def _match_classes(config: TrainConfig, folder: RunFolder, manifest: Manifest) -> "Match | None":
+    """Match the classes of a run that is about to start from another one; None for all others."""
+    if config.init_from is None or folder.newest_checkpoint() is not None:
+        return None
+    from nsl_dist.training.growth import match_classes
+
+    return match_classes(config, manifest)
+
+
+def _start_from_another(run: Run, match: "Match | None") -> "Growth | None":
+    """Write the checkpoint that a run starts from, unless it is there."""
+    if run.config.init_from is None:
+        return None
+    from nsl_dist.training.growth import growth_of, write_start
+
+    if match is not None:
+        doing("embedding the images of new classes")
+        write_start(run, match, num_gpus=_num_gpus(run.config))
+        doing(None)
+    return growth_of(run.folder)
+
+
+def _num_gpus(config: TrainConfig) -> int:
+    """Return the GPUs to embed with."""
+    return _worker_range(config)[0] if config.device == "cuda" else 0
+
+
 def _evaluate(run: Run, tracker: "Tracker", *, step: int) -> EvaluationResults:
-    """Evaluate the checkpoint after `step` iterations; 0 is the untrained model."""
-    num_gpus = _worker_range(run.config)[0] if run.config.device == "cuda" else 0
-    weights = storage.join(run.folder.checkpoint(step), MODEL_FILE) if step else None
+    """Evaluate the checkpoint after `step` iterations; 0 is the model that training starts from."""
+    num_gpus = _num_gpus(run.config)
+    starts = step == 0 and run.config.init_from is None
+    weights = None if starts else storage.join(run.folder.checkpoint(step), MODEL_FILE)
     doing("embedding the test images and searching")
     failures = run.folder.file(FAILURES_FILE) if step else None
     evaluation = evaluate(weights, run.config, run.manifest, num_gpus=num_gpus, failures=failures)
@@ -514,7 +559,7 @@ def _finish(run: Run, results: TrainingResults, tracker: "Tracker") -> None:
     storage.write_bytes(run.folder.results, content.encode())
 
 
-def _report(run: Run, results: TrainingResults, tracker: "Tracker") -> bool:
+def _report(run: Run, results: TrainingResults, tracker: "Tracker", *, facts: dict[str, str]) -> bool:
     """Write and track the report of a finished run; return whether there is one."""
     files = write_report(
         run.folder.location,
@@ -524,6 +569,7 @@ def _report(run: Run, results: TrainingResults, tracker: "Tracker") -> bool:
         manifest=run.manifest,
         history=tracker.history(results.evaluation.curves(), run_id=run.mlflow_run_id),
         untrained=results.untrained,
+        facts=facts,
     )
     for path, text in files.items():
         tracker.log_file(path, text)

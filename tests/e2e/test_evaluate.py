@@ -33,7 +33,7 @@ from tests.support.processes import free_ports, job, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 SMALL = [
-    "--recipe=laptop", "--optim.epochs=1", "--data.image-size=16", "--model.dim=16", "--data.batch-size=8",
+    "--recipe=laptop_scratch", "--optim.epochs=1", "--data.image-size=16", "--model.dim=16", "--data.batch-size=8",
     "--data.images-per-class=2", "--model.batch-norm=frozen",
 ]  # fmt: skip
 

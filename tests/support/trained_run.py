@@ -8,7 +8,8 @@ from pathlib import Path
 from tests.support.processes import JOBS, user_environment
 
 SMALL = [
-    "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20", "--tracking.every=2",
+    "--recipe=laptop_scratch", "--optim.epochs=2", "--data.image-size=16", "--model.dim=16", "--data.batch-size=20",
+    "--tracking.every=2",
 ]  # fmt: skip
 
 
