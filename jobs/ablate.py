@@ -2,8 +2,8 @@ r"""Repeat a study of the paper: train its settings with several seeds and repor
 
     python jobs/ablate.py layer-norm --data.root Stanford_Online_Products --recipe sop_resnet50_512
 
-STUDY is class-sampling (figure 4), layer-norm (figure 3), dimension (figure 2), images-per-class (a table) or
-temperature. --seeds sets the seeds of each setting (default: 0 1). --at-once sets the number of parallel trials
+STUDY is class-sampling (figure 4), layer-norm (figure 3), dimension (figure 2), images-per-class (a table), temperature
+or margin. --seeds sets the seeds of each setting (default: 0 1). --at-once sets the number of parallel trials
 (default: as many as the cluster has room for, or 2 on a single machine). All other flags are those of jobs/train_sop.py
 and apply to all settings. The same command with the study's --run-name resumes an interrupted study.
 """

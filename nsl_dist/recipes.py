@@ -26,11 +26,20 @@ class Figures:
     """NMI in %, or None if not published."""
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """A published data set: its name, and the images and classes of its training split."""
+
+    name: str
+    num_images: int
+    num_classes: int
+
+
 def laptop() -> TrainConfig:
     """A small pretrained network that is fine-tuned in minutes on two CPU cores, without a download at run time.
 
-    Its augmentation suits the built-in products, which are turned and near or far; for photos that are not, leave out
-    --data.rotation and --data.scale. It does not reproduce any figure of the paper.
+    Its augmentation suits the built-in products, which are turned, and near or far. It does not reproduce any figure of
+    the paper.
     """
     return TrainConfig(
         recipe="laptop",
@@ -38,6 +47,23 @@ def laptop() -> TrainConfig:
         model=ModelConfig(backbone="timm/tf_efficientnet_lite0", weights="packaged", dim=256),
         proxies=ProxyConfig(sample_rate=0.5, lr_scale=10),
         optim=OptimConfig(epochs=8, lr=0.01),
+    )
+
+
+def laptop_photos() -> TrainConfig:
+    """The network of `laptop` for photos: 160 pixels, 512 dimensions, the paper's loss.
+
+    The batch norms keep the statistics of ImageNet, and the linear layer stays near its random start: with few classes,
+    both keep the network from forgetting what it knows of others. Gradients are clipped, because without statistics of
+    the batch some data would make it diverge. Chosen on 20 of the 40 training classes of the Grocery Store Dataset
+    (Klasson et al. 2019), tested on the other 20.
+    """
+    return TrainConfig(
+        recipe="laptop_photos",
+        data=DataConfig(image_size=160, crop_area=0.3),
+        model=ModelConfig(backbone="timm/tf_efficientnet_lite0", weights="packaged", dim=512, batch_norm="frozen"),
+        proxies=ProxyConfig(lr_scale=10),
+        optim=OptimConfig(epochs=8, lr=0.01, new_layers_lr_scale=0.1, clip_norm=2.0),
     )
 
 
@@ -316,8 +342,7 @@ def _with_max_pooling(base: TrainConfig, recipe: str) -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
-        laptop,
-        laptop_scratch,
+        *(laptop, laptop_photos, laptop_scratch),
         *(sop_resnet50, sop_resnet50_512, sop_resnet50_128, sop_googlenet, sop_modern, sop_maxpool),
         *(sop_vit_b16, sop_dinov3_s16),
         *(inshop_resnet50, inshop_resnet50_512, inshop_resnet50_128, inshop_googlenet, inshop_modern, inshop_maxpool),
@@ -326,6 +351,22 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         *(cars196_modern, cars196_maxpool),
         *(cub200_resnet50, cub200_resnet50_512, cub200_resnet50_128, cub200_googlenet, cub200_modern, cub200_maxpool),
     )
+}
+
+# By the layout that recipes are named after.
+DATA_SETS = {
+    "sop": DataSet("Stanford Online Products", 59_551, 11_318),
+    "inshop": DataSet("In-Shop", 25_882, 3_997),
+    "cars196": DataSet("CARS196", 8_054, 98),
+    "cub200": DataSet("CUB-200-2011", 5_864, 100),
+}
+# Training images per second of a compiled step in bfloat16 at 224 pixels on one H100; of other backbones not measured.
+IMAGES_PER_SECOND = {"resnet50": 5100}
+
+# Recall@1 in % that we have measured, float and binary, and the data, by recipe.
+REACHED = {
+    "laptop": ("88.6 (binary 82.7)", "the built-in products; without training 51.8 (42.5)"),
+    "laptop_photos": ("XX (binary XX)", "the Grocery Store Dataset, 41 unseen classes; without training XX (XX)"),
 }
 
 AUTHORS, PAPER, LATER, PROXY_NCA = "authors' code", "paper", "later recipe", "ProxyNCA++"

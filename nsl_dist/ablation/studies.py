@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from nsl_dist.config import Kind, TrainConfig
 
@@ -62,6 +63,7 @@ RATES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
 IMAGES_PER_CLASS = (None, 1, 3, 12, 25, 37, 75)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
+MARGINS = (0.1, 0.2, 0.4)
 EVALUATIONS = 6  # approximate number during a training
 
 
@@ -198,7 +200,34 @@ def temperature(base: TrainConfig) -> Study:
     return Study("Temperature", "temperature", arms, (claim,))
 
 
+def margin(base: TrainConfig) -> Study:
+    """Recall against margins, cosine (CosFace) and angular (ArcFace), which the paper has none of."""
+
+    def arm(kind: Literal["cosine", "angular"], size: float) -> Arm:
+        proxies = replace(base.proxies, margin=size, margin_kind=kind)
+        return Arm(f"{kind}-{size:g}" if size else "none", f"{size:g}", kind, replace(base, proxies=proxies))
+
+    def claim(kind: str) -> Claim:
+        return Claim(
+            f"With {'a cosine' if kind == 'cosine' else 'an angular'} margin of 0.2, recall@1 rises",
+            lambda scores: scores[f"{kind}-0.2", "float"] - scores["none", "float"],
+            of="Recall@1 with it minus recall@1 without a margin",
+        )
+
+    return Study(
+        title="Margins",
+        axis="margin",
+        arms=(
+            arm("cosine", 0.0),
+            *(arm("cosine", size) for size in MARGINS),
+            *(arm("angular", size) for size in MARGINS),
+        ),
+        claims=(claim("cosine"), claim("angular")),
+        kinds=("float",),
+    )
+
+
 STUDIES: dict[str, Callable[[TrainConfig], Study]] = {
     study.__name__.replace("_", "-"): study
-    for study in (class_sampling, layer_norm, dimension, images_per_class, temperature)
+    for study in (class_sampling, layer_norm, dimension, images_per_class, temperature, margin)
 }

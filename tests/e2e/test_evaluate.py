@@ -5,6 +5,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from nsl_dist.run import MODEL_FILE, find_checkpoint
 from tests.support.browser import prefer, resize
 from tests.support.images import write_cars196, write_cub200, write_folders, write_inshop
 from tests.support.mlflow_server import started_mlflow
-from tests.support.processes import free_ports, job, wait_until
+from tests.support.processes import JOBS, free_ports, job, user_environment, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 SMALL = [
@@ -286,6 +288,20 @@ def test_a_bad_checkpoint_is_refused(
     bad = dataclasses.replace(config, checkpoint=str(tmp_path / "bad"), data=EvaluateDataConfig(root=str(root)))
     with pytest.raises(ValueError, match=message):
         run(bad)
+
+
+def test_a_job_ends_when_its_evaluation_fails(config: EvaluateConfig, root: Path, tmp_path: Path) -> None:
+    """Ray Data would go on in a thread of its own, and even start another Ray."""
+    shutil.copytree(config.checkpoint, tmp_path / "bad")
+    state = load_file(tmp_path / "bad" / MODEL_FILE)
+    save_file(state | {"linear.weight": state["linear.weight"] * torch.nan}, tmp_path / "bad" / MODEL_FILE)
+    flags = [f"--checkpoint={tmp_path}/bad", f"--data.root={root}", f"--storage={tmp_path}", "--eval.batch-size=2"]
+    done = subprocess.run(
+        [sys.executable, str(JOBS / "evaluate.py"), *flags, "--no-track"],
+        capture_output=True, text=True, env=user_environment(tmp_path), timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "embeddings that are zero or not finite" in done.stderr
 
 
 def test_a_missing_checkpoint_and_an_impossible_index(config: EvaluateConfig, root: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_mlflow_shows_the_run_by_the_name_of_its_folder(mine: Mine) -> None:
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     (run,) = client.search_runs([experiment.experiment_id])
     note = run.data.tags["mlflow.note.content"]
-    assert "\n\nresnet18, 128 dimensions, 48 pixels, trained on " in note
+    assert "\n\ntimm/tf_efficientnet_lite0, 512 dimensions, 160 pixels, trained on " in note
     assert f"train.py --data.root {mine.photos}" in note
     assert re.match(r"Finished .*: float recall@1/10/100 .*the best model is in .*/best", note)
 

@@ -45,6 +45,10 @@ def test_arms_differ_in_what_is_studied_alone() -> None:
     assert images["images-none"] == ["--data.images-per-class 25 -> None"]
     assert images["images-37"] == ["--data.batch-size 75 -> 74", "--data.images-per-class 25 -> 37"]  # whole classes
     assert changed(STUDIES["temperature"](BASE))["temperature-0.2"] == ["--proxies.temperature 0.05 -> 0.2"]
+    margins = changed(STUDIES["margin"](BASE))
+    assert margins["none"] == []
+    assert margins["cosine-0.1"] == ["--proxies.margin 0.0 -> 0.1"]
+    assert margins["angular-0.4"] == ["--proxies.margin 0.0 -> 0.4", "--proxies.margin-kind cosine -> angular"]
 
 
 def test_a_batch_too_small_for_the_study_is_refused() -> None:
@@ -54,7 +58,7 @@ def test_a_batch_too_small_for_the_study_is_refused() -> None:
 
 
 def test_layer_norm_is_evaluated_on_the_way() -> None:
-    for base, every in ((sop_resnet50(), 5), (laptop(), 3)):
+    for base, every in ((sop_resnet50(), 5), (laptop(), 1)):
         assert {arm.config.eval.every for arm in STUDIES["layer-norm"](base).arms} == {every}
 
 
@@ -88,6 +92,11 @@ def test_findings_of_the_paper_hold_for_figures_like_the_papers() -> None:
     assert ": does not hold here." in sentences("dimension", {})[0]  # binary ones 5 points lower at any dimension
     warmer = {"temperature-0.05": [60.0, 60.5], "temperature-0.1": [62.0, 60.0]}
     assert "within a point of the best: is inconclusive" in sentences("temperature", warmer)[0]
+    cosine, angular = sentences(
+        "margin", {"none": [70.0, 71.0], "cosine-0.2": [72.0, 72.0], "angular-0.2": [69.0, 72.0]}
+    )
+    assert "With a cosine margin of 0.2, recall@1 rises: holds here" in cosine
+    assert "With an angular margin of 0.2, recall@1 rises: is inconclusive" in angular
 
 
 def test_summary_has_all_settings() -> None:
