@@ -366,7 +366,7 @@ IMAGES_PER_SECOND = {"resnet50": 5100}
 # Recall@1 in % that we have measured, float and binary, and the data, by recipe.
 REACHED = {
     "laptop": ("88.6 (binary 82.7)", "the built-in products; without training 51.8 (42.5)"),
-    "laptop_photos": ("XX (binary XX)", "the Grocery Store Dataset, 41 unseen classes; without training XX (XX)"),
+    "laptop_photos": ("82.4 (binary 81.6)", "41 unseen groceries of other shops; without training 66.3 (61.3)"),
 }
 
 AUTHORS, PAPER, LATER, PROXY_NCA = "authors' code", "paper", "later recipe", "ProxyNCA++"
