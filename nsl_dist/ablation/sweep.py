@@ -8,13 +8,16 @@ import statistics
 import time
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray import tune
 
 from nsl_dist import cluster, storage
 from nsl_dist.ablation.studies import STUDIES, Study
 from nsl_dist.ablation.summary import Outcome, draw, summarise
 from nsl_dist.config import Kind, TrainConfig, flatten
+from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.shards import open_data, synthetic_data
 from nsl_dist.progress import duration, show_results
 from nsl_dist.run import MLFLOW_ID_FILE, RESULTS_FILE, RunFolder, StoppedError, TrainingError
@@ -75,7 +78,7 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
 
     at_once = at_once or _room(base, cpus=needed)
     base = dataclasses.replace(base, threads=base.threads or max(1, (os.cpu_count() or 1) // at_once))
-    study = STUDIES[name](base)
+    study = _fitting(STUDIES[name](base), manifest.split("train").sizes)
     by_arm = _by_arm(study, seeds)
     trials = {str(config.run_name): config for _, config in by_arm}
     for config in trials.values():
@@ -111,6 +114,19 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
         raise
     show_results(f"\n{text}\nfigure:  {folder}/figure.svg\nresults: {folder}/{RESULTS_FILE}", results)
     return results
+
+
+def _fitting(study: Study, sizes: NDArray[np.int64]) -> Study:
+    """Leave out, and say so, the settings whose batches need more classes than there are."""
+    arms = []
+    for arm in study.arms:
+        data = arm.config.data
+        try:
+            ClassBalancedPlan(sizes, data.batch_size, data.images_per_class, arm.config.seed)
+            arms.append(arm)
+        except ValueError as error:
+            print(f"left out  {arm.name}: {error}", flush=True)
+    return dataclasses.replace(study, arms=tuple(arms))
 
 
 def _room(base: TrainConfig, *, cpus: int) -> int:

@@ -75,6 +75,7 @@ def test_training_results_go_to_json_and_back() -> None:
         "train_images_per_second": 33.5,
         "data": {"digest": "abc", "source": "here", "train": {"num_images": 140}, "test": {"num_images": 41}},
         "left_out_shards": ["train-00001.parquet"],
+        "growth": {"source": "runs/old/checkpoint_000000009", "known": 3, "new": 2, "vanished": 1},
         "config": {"model": {"dim": 16}},
     }
     content = (
@@ -89,6 +90,7 @@ def test_training_results_go_to_json_and_back() -> None:
     alone = TrainingResults(evaluation=EVALUATION, **of_training)
     assert alone.to_json() == without(content, "untrained")
     assert TrainingResults.from_json(without(content, "untrained") | {"unknown": 1}) == alone
+    assert TrainingResults.from_json(without(content, "growth")).growth is None  # of earlier versions
 
 
 def test_metrics_have_the_names_that_mlflow_knows() -> None:
