@@ -106,17 +106,19 @@ def needs() -> list[dict[str, Any]]:
 
 def list_of_needs(rows: list[dict[str, Any]]) -> str:
     """Format what recipes need as a table."""
-    lines = [f"{'recipe':22}{'data':26}{'R@1':>7}  {'source':14}{'iterations':>10}{'images':>12}{'minutes':>9}"]
+    lines = [
+        f"{'recipe':22}{'data':26}{'R@1':>7}  {'source':14}{'iterations':>10}{'images':>12}{'minutes':>9}  weights"
+    ]
     for row in rows:
         minutes = "-" if row["minutes"] is None else f"{row['minutes']:.0f}"
         lines.append(
             f"{row['recipe']:22}{row['data']:26}{row['recall@1']:7.2f}  {row['source']:14}{row['steps']:>10,}"
-            f"{row['images']:>12,}{minutes:>9}"
+            f"{row['images']:>12,}{minutes:>9}  {row['weights']}"
         )
     lines += [
         "minutes: at least, on one H100, by the measured speed of a compiled step; -: not measured for this backbone.",
-        "Each also needs its data set, and the published weights of its backbone (--model.weights, --model.backbone).",
-        "Reached here: none of these yet, since we have had neither data set. What we have reached on other data:",
+        "Each also needs its data set, and the weights, as a file (--model.weights) where there is no internet.",
+        "Reached here: none of these yet, since we had none of the data sets. What we have reached on other data:",
         *(f"  {name}: recall@1 of {recall} on {data}" for name, (recall, data) in REACHED.items()),
     ]
     return "\n".join(lines)

@@ -2,9 +2,9 @@ r"""Train the paper's recipe on CARS196 and evaluate it on unseen classes.
 
     python jobs/train_cars196.py --data.root cars196
 
-From scratch on small images, to try it without a GPU:
+A small network, to try it without a GPU:
 
-    python jobs/train_cars196.py --data.root cars196 --recipe laptop
+    python jobs/train_cars196.py --data.root cars196 --recipe laptop_photos
 """
 
 import sys

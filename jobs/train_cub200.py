@@ -2,9 +2,9 @@ r"""Train the paper's recipe on CUB-200-2011 and evaluate it on unseen classes.
 
     python jobs/train_cub200.py --data.root CUB_200_2011
 
-From scratch on small images, to try it without a GPU:
+A small network, to try it without a GPU:
 
-    python jobs/train_cub200.py --data.root CUB_200_2011 --recipe laptop
+    python jobs/train_cub200.py --data.root CUB_200_2011 --recipe laptop_photos
 """
 
 import sys

@@ -2,9 +2,9 @@ r"""Train the paper's recipe on In-Shop Clothes Retrieval and evaluate it on uns
 
     python jobs/train_inshop.py --data.root inshop
 
-From scratch on small images, to try it without a GPU:
+A small network, to try it without a GPU:
 
-    python jobs/train_inshop.py --data.root inshop --recipe laptop
+    python jobs/train_inshop.py --data.root inshop --recipe laptop_photos
 """
 
 import sys

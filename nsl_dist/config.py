@@ -182,7 +182,7 @@ class ProxyConfig:
     """Fraction of each label that is spread evenly over all classes."""
     optimizer: Literal["sgd", "adagrad"] = "sgd"
     """sgd is equivalent to dense SGD with momentum and weight decay over the whole matrix. adagrad is row-wise, with
-    one number of state per class instead of a second matrix."""
+    one number of state per proxy instead of a second matrix."""
     lr_scale: float = 1.0
     """Learning rate of the proxies, relative to the backbone's."""
     weight_decay: float | None = None
@@ -494,14 +494,15 @@ class TrainConfig:
     """A training run."""
 
     recipe: str = "laptop"
-    """Recipe that sets the defaults of all other flags: laptop, or one of the paper's (see recipes.py)."""
+    """Recipe that sets the defaults of all other flags: see recipes.py."""
     storage: str = DEFAULT_STORAGE
     """Folder or URI for runs, checkpoints and shards. On a cluster, all nodes must be able to reach it."""
     run_name: str | None = None
     """Name of the run and of its folder in STORAGE/runs. If None, the recipe and the time."""
     init_from: str | None = None
-    """Run or checkpoint to start from: its model, and the proxies of the classes that it knows, with the state of the
-    optimisers. New classes start from the mean embedding of their images. --model.weights takes the model alone."""
+    """Run, whose newest checkpoint is taken, or checkpoint to start from: its model, and the proxies of the classes it
+    knows, with the state of the optimisers. New classes start from the mean embedding of their images. --model.weights,
+    which takes the model alone, is ignored then."""
     num_workers: int | None | str = None  # noqa: RUF036  (so that tyro parses both "None" and "2..4")
     """Number of training workers, or a range such as 2..4 for elastic training, which uses as many as the cluster has
     room for. If None, one per GPU as long as the batch divides evenly, or one on CPUs."""

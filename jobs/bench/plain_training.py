@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from nsl_dist.config import TrainConfig
+from nsl_dist.config import TrainConfig, flatten
 from nsl_dist.data.sampler import ClassBalancedPlan, PlannedBatch
 from nsl_dist.data.shards import Split
 from nsl_dist.data.stream import fetch
@@ -30,6 +30,13 @@ from nsl_dist.model import build_model
 from nsl_dist.proxies.counter_random import uniform_rows
 from nsl_dist.schedule import Schedule
 from nsl_dist.training.step import TrainingStep
+
+# Options of a training that the twins do not have.
+MISSING = (
+    *("proxies.margin", "proxies.per_class", "proxies.filter_above", "proxies.weight_decay"),
+    *("optim.optimizer", "optim.layer_decay", "optim.decay_norms", "optim.new_layers_lr_scale", "optim.clip_norm"),
+    *("optim.ema", "optim.frozen"),
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,23 @@ class Parts(Dataset[tuple[Tensor, Tensor]]):
             prefetch_factor=4,
             pin_memory=pin,
         )
+
+
+def refuse_what_is_missing(config: TrainConfig) -> None:
+    """Refuse options that the twins do not have, since the comparison would be of different work.
+
+    Raises:
+        ValueError: there are some.
+
+    """
+    plain = TrainConfig()
+    ours = [
+        f"--{name.replace('_', '-')}"
+        for name, value in flatten(config).items()
+        if name in MISSING and value != flatten(plain)[name]
+    ]
+    if ours:
+        raise ValueError(f"plain PyTorch here has no {', '.join(ours)}; leave them out, or choose another --recipe")
 
 
 class Classifier(nn.Module):

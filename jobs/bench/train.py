@@ -59,7 +59,7 @@ import ray
 import torch
 import tyro
 from photos import photos
-from plain_training import Parts, Trained, Work, settle, summarise, twin_training
+from plain_training import Parts, Trained, Work, refuse_what_is_missing, settle, summarise, twin_training
 
 from nsl_dist import cluster, storage
 from nsl_dist.commandline import parse_train_config, run_job
@@ -444,6 +444,7 @@ def main() -> None:
     """Run all parts and print a table of each."""
     bench, rest = tyro.cli(BenchConfig, description=__doc__, return_unknown_args=True)
     config = parse_train_config(rest, description=__doc__ or "")
+    refuse_what_is_missing(config)
     if os.environ.get("RAY_ADDRESS") or "://" in config.storage:
         raise ValueError("this measures a single machine: unset RAY_ADDRESS and set --storage to a local folder")
     if bench.batches < 1:

@@ -51,6 +51,8 @@ def run_study(name: str, base: TrainConfig, *, seeds: tuple[int, ...], at_once: 
         TrainingError: trials failed.
 
     """
+    if base.init_from is not None:
+        raise ValueError("--init-from does not go with a study, which compares trainings from the start")
     run_name = base.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     base = dataclasses.replace(base, storage=storage.absolute(base.storage), run_name=run_name)
     first = STUDIES[name](base).arms[0].config  # first, because it validates the configuration

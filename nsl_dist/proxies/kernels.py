@@ -226,7 +226,7 @@ def _with_margin(logits, scale, margin, ANGULAR: tl.constexpr):
 
 @jit
 def _slope_of_angular_margin(logits, scale, margin):
-    """`softmax.margin_slope`."""
+    """`softmax.slope_of_angular_margin`."""
     cosines, sines = _cosine_and_sine(logits, scale)
     return tl.where(cosines > -tl.cos(margin), tl.cos(margin) + cosines / sines * tl.sin(margin), 1.0)
 
@@ -281,7 +281,7 @@ def sums_kernel(
 
 @jit
 def loss_kernel(queries, sums, results, shift, smoothing, scale, margin, D, ANGULAR: tl.constexpr, DP: tl.constexpr):
-    """Write each image's loss, whether its class is the nearest, and whether embedding and normaliser are finite."""
+    """Write each image's loss, whether its class is the nearest, and whether embedding and normaliser are valid."""
     b = tl.program_id(0)
     B = tl.num_programs(0)
     d = tl.arange(0, DP)
@@ -295,7 +295,7 @@ def loss_kernel(queries, sums, results, shift, smoothing, scale, margin, D, ANGU
     tl.store(out, tl.log(normaliser) + shift - wanted)
     tl.store(out + B, (target >= tl.load(sums + BEST * B + b)).to(tl.float32))
     tl.store(out + 2 * B, ((query_sum - query_sum) == 0).to(tl.float32))
-    tl.store(out + 3 * B, ((normaliser - normaliser) == 0).to(tl.float32))
+    tl.store(out + 3 * B, (((normaliser - normaliser) == 0) & (normaliser > 0)).to(tl.float32))
 
 
 @jit(do_not_specialize=["first", "S"])

@@ -266,9 +266,10 @@ class ProxyMatrix:
             return
         embeddings_B = finite_2B[0].bool().numpy()
         if embeddings_B.all():
+            filtered = ", or a higher --proxies.filter-above" if self.config.filter_above is not None else ""
             raise FloatingPointError(
-                f"step {step}: class proxies are nan or infinite although all embeddings are finite; start "
-                "another run with a lower --optim.lr or --proxies.lr-scale"
+                f"step {step}: class proxies are nan or infinite although all embeddings are finite, or an image's "
+                f"loss has no terms; start another run with a lower --optim.lr or --proxies.lr-scale{filtered}"
             )
         images = np.flatnonzero(~embeddings_B)
         per_worker = len(embeddings_B) // self.partition.world_size

@@ -4,7 +4,7 @@
 gradient, all by the same 2x2 map of (weight, velocity), which depends only on learning rate, momentum and weight decay.
 `DeferredSGD` leaves such rows untouched and applies the product of the missed maps when a row is sampled again.
 
-`RowwiseAdagrad` needs one number of state per class instead of a second matrix.
+`RowwiseAdagrad` needs one number of state per proxy instead of a second matrix.
 
 Both work on one chunk of rows at a time: `read`, `update` with the gradients, and `finish_step` after the last chunk.
 On GPUs kernels do the same to the same tensors, and `count_step` takes the place of `finish_step`.

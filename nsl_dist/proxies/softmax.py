@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from nsl_dist.config import ProxyConfig
 
 # float32 spans e^-87 to e^88 and logits lie in [-1/t, 1/t]. Shifting the upper end to e^60 leaves e^28 for the sum over
-# classes, and no maximum over all workers' logits is needed for temperatures down to 2 / (60 + 87).
+# classes, and no maximum over all workers' logits is needed for temperatures down to 2 / (60 + 87). A margin may put
+# the logit of an image's own class below, which matters only if all others are left out of its loss.
 HIGHEST_EXPONENT = 60.0
 LOWEST_TEMPERATURE = 2 / (HIGHEST_EXPONENT + 87)
 
@@ -49,10 +50,8 @@ def with_margin(logits: Tensor, config: ProxyConfig) -> Tensor:
     return torch.where(cosines > -math.cos(margin), turned, cosines - margin * math.sin(margin)) * scale
 
 
-def margin_slope(logits: Tensor, config: ProxyConfig) -> Tensor:
-    """Return the derivative of `with_margin`."""
-    if config.margin_kind == "cosine":
-        return torch.ones_like(logits)
+def slope_of_angular_margin(logits: Tensor, config: ProxyConfig) -> Tensor:
+    """Return the derivative of `with_margin` if the margin is angular; that of the other kind is 1."""
     cosines, sines = _cosines_and_sines(logits, config)
     slopes = math.cos(config.margin) + cosines / sines * math.sin(config.margin)
     return torch.where(cosines > -math.cos(config.margin), slopes, 1.0)
@@ -80,7 +79,7 @@ class ProxyStep(Protocol):
         """Return `sums_5B` over this worker's sampled classes; the highest logit only if `best` is set."""
 
     def results(self, queries_BD: Tensor, sums_5B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and accuracy `[2]`, and `[2, B]`: 1 where embeddings and normalisers are finite."""
+        """Return loss and accuracy `[2]`, and `[2, B]`: 1 where embeddings are finite, and normalisers and not zero."""
 
     def backward(self, queries_BD: Tensor, sums_5B: Tensor, grad_loss: Tensor, *, lr: float) -> Tensor:
         """Update the proxies; return this worker's part of the gradient of the queries `[B, D]`."""
@@ -178,7 +177,7 @@ def normalized_softmax_loss(
 
     Returns:
         The loss, and a `[2, B]` tensor with 1 for each image of the global batch whose embedding, and whose normaliser,
-        is finite, and 0 for others.
+        is finite and not zero, and 0 for others.
 
     """
     with torch.autocast(embeddings_bD.device.type, enabled=False):

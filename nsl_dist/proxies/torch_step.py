@@ -18,8 +18,8 @@ from nsl_dist.proxies.softmax import (
     NORMALISER,
     TARGET,
     TOTAL,
-    margin_slope,
     shift_of,
+    slope_of_angular_margin,
     with_margin,
 )
 from nsl_dist.proxies.table import Rows
@@ -146,11 +146,11 @@ class TorchStep:
             sums_5B[NORMALISER] += self._normaliser_terms(logits_BS, filtered_BS, chunk).sum(dim=1)
             sums_5B[TARGET, chunk.target_images] = logits_BS[targets]
             if self._smoothing:
-                counts_BS = self._counts(logits_BS, filtered_BS, chunk)
+                counts_BS = self._counts(filtered_BS, chunk)
                 sums_5B[CLASSES] += counts_BS.sum(dim=1)
-                counts_BS *= logits_BS
-                counts_BS[targets] = with_margin(logits_BS[targets], self._config)
-                sums_5B[TOTAL] += counts_BS.sum(dim=1)
+                counted_BS = counts_BS * logits_BS
+                counted_BS[targets] = with_margin(logits_BS[targets], self._config)
+                sums_5B[TOTAL] += counted_BS.sum(dim=1)
             if best:
                 torch.maximum(sums_5B[BEST], logits_BS.amax(dim=1), out=sums_5B[BEST])
             if self.keep:
@@ -167,7 +167,7 @@ class TorchStep:
             wanted_B = (1 - self._smoothing) * wanted_B + self._smoothing * mean_B
         losses_B = sums_5B[NORMALISER].log() + self._shift - wanted_B
         right_B = (sums_5B[TARGET] >= sums_5B[BEST]).float()
-        finite_2B = torch.stack([queries_BD.sum(dim=1), sums_5B[NORMALISER]]).isfinite()
+        finite_2B = torch.stack([queries_BD.sum(dim=1), sums_5B[NORMALISER].log()]).isfinite()
         return torch.stack([losses_B, right_B]).mean(dim=1), finite_2B
 
     def _updates(self, queries_BD: Tensor, sums_5B: Tensor, grad_loss: Tensor, *, lr: float) -> Tensor:
@@ -189,8 +189,9 @@ class TorchStep:
             grad_BS[targets] -= (1 - self._smoothing) * grad_image
             if self._smoothing:
                 shares_B1 = (self._smoothing * grad_image / sums_5B[CLASSES])[:, None]
-                grad_BS -= self._counts(logits_BS, filtered_BS, chunk).mul_(shares_B1)
-            grad_BS[targets] *= margin_slope(logits_BS[targets], self._config)
+                grad_BS -= self._counts(filtered_BS, chunk) * shares_B1
+            if self._config.margin_kind == "angular":
+                grad_BS[targets] *= slope_of_angular_margin(logits_BS[targets], self._config)
             grad_BR = grad_BS if nearest_BS is None else self._to_nearest(grad_BS, nearest_BS)
             # Logits are divided by the proxy's length, so the loss does not depend on it: remove the component of
             # the gradient along the proxy.
@@ -242,10 +243,10 @@ class TorchStep:
         filtered_BS[chunk.target_images, chunk.target_columns] = False
         return filtered_BS
 
-    def _counts(self, logits_BS: Tensor, filtered_BS: Tensor | None, chunk: Chunk) -> Tensor:
-        """Return the number of classes that each stands for in the losses `[B, S]`."""
-        counts_BS = chunk.weighted(torch.ones_like(logits_BS))
-        return counts_BS if filtered_BS is None else counts_BS.masked_fill_(filtered_BS, 0)
+    def _counts(self, filtered_BS: Tensor | None, chunk: Chunk) -> Tensor:
+        """Return the number of classes that each stands for: `[B, S]`, or `[1, S]` if the same for all images."""
+        counts_1S = chunk.weighted(torch.ones(1, chunk.num_classes))
+        return counts_1S if filtered_BS is None else counts_1S.masked_fill(filtered_BS, 0)
 
     def _normaliser_terms(self, logits_BS: Tensor, filtered_BS: Tensor | None, chunk: Chunk) -> Tensor:
         """Return the terms of the normaliser `[B, S]`, multiplied by e^-shift."""

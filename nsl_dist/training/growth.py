@@ -4,6 +4,7 @@ It is written as the checkpoint before the first iteration, so that any number o
 """
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, fields
 
@@ -27,6 +28,7 @@ from nsl_dist.proxies.partition import Partition
 from nsl_dist.retrieval.batch_inference import mean_embeddings
 from nsl_dist.run import (
     DESCRIPTION_FILE,
+    GROWTH_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
     RUN_FILE,
@@ -34,13 +36,14 @@ from nsl_dist.run import (
     Run,
     RunFolder,
     find_checkpoint,
+    is_complete,
     rows_file,
 )
 from nsl_dist.training.checkpoint import HISTORY, RAW
 from nsl_dist.training.row_files import read_rows, write_rows
 
-GROWTH_FILE = "growth.json"  # in the folder of a run
 BYTES_AT_ONCE = 2**30  # of proxies: the size of a file of the checkpoint
+CLASSES_AT_ONCE = 2**18  # of a source, that are read together
 ROWS_BETWEEN = 1024  # that are read although nobody needs them, to read their neighbours at once
 
 
@@ -75,8 +78,13 @@ def check_source(config: TrainConfig) -> None:
 
     """
     source, record, _ = _source_of(config)
+    if config.optim.new_layers_epochs > 0:
+        raise ValueError(
+            f"--init-from {source}: set --optim.new-layers-epochs 0; the state of the optimisers, which is kept, "
+            "would be lost after them"
+        )
     pairs = [
-        *(("model", each.name) for each in fields(ModelConfig) if each.name != "weights"),
+        *(("model", each.name) for each in fields(ModelConfig) if each.name not in ("weights", "batch_norm")),
         *(("proxies", name) for name in ("per_class", "optimizer", "dtype")),
         ("optim", "optimizer"),
     ]
@@ -86,6 +94,9 @@ def check_source(config: TrainConfig) -> None:
         theirs, ours = record.config[part].get(name, default[part][name]), getattr(getattr(config, part), name)
         if theirs != ours:
             changed.append(f"--{part}.{name.replace('_', '-')} {theirs} -> {ours}")
+    batch_norms = record.config["model"]["batch_norm"], config.model.batch_norm
+    if "frozen" in batch_norms and batch_norms[0] != batch_norms[1]:  # the others have the same state
+        changed.append("--model.batch-norm {} -> {}".format(*batch_norms))
     if changed:
         raise ValueError(f"--init-from {source} has other options: {'; '.join(changed)}; use the same")
     given = [weights is not None for weights in (record.config["model"]["weights"], config.model.weights)]
@@ -116,15 +127,32 @@ def match_classes(config: TrainConfig, manifest: Manifest) -> Match:
     """Match the training classes of a run and of the one that it starts from.
 
     Raises:
-        ValueError: a class id occurs twice; or see `check_source`.
+        ValueError: a class id occurs twice, the data sets name classes in different ways, or classes that the other run
+            was trained on are to be unseen ones of the test; or see `check_source`.
 
     """
     source, record, folder = _source_of(config)
-    ids, theirs = _unique(manifest.class_ids("train"), manifest.root), _unique(folder.class_ids(), folder.location)
+    table = folder.classes()
+    assert table is not None
+    layout = table.schema.metadata[b"layout"].decode()
+    if layout != manifest.layout:
+        raise ValueError(
+            f"--init-from {source} is of layout {layout}, {manifest.root} of {manifest.layout}: classes differ"
+        )
+    ids, theirs = _unique(manifest.class_ids("train"), manifest.root), _unique(table["class_id"], folder.location)
     if len(theirs) != record.num_classes:
         raise ValueError(
             f"--init-from {source} has proxies of {record.num_classes} classes, {folder.location} names {len(theirs)}"
         )
+    if manifest.split_by == "classes":
+        tested = manifest.class_ids(manifest.evaluation_splits[0]).cast(pa.large_string())
+        seen = tested.filter(pc.is_in(tested, value_set=theirs))
+        if len(seen):
+            remedy = f"test on the same ones as before: --data.test-classes {folder.test_classes}"
+            raise ValueError(
+                f"{len(seen)} of the test classes, such as {seen[0]}, are among those that {source} was trained on; "
+                + (remedy if layout == "folders" else "the splits of the two data sets differ")
+            )
     return Match(source, record, pc.index_in(ids, value_set=theirs).fill_null(-1).to_numpy().astype(np.int64))
 
 
@@ -147,13 +175,18 @@ def growth_of(folder: RunFolder) -> Growth | None:
 def _source_of(config: TrainConfig) -> tuple[str, CheckpointRecord, RunFolder]:
     assert config.init_from is not None
     source = find_checkpoint(config.init_from)
+    if not is_complete(source):
+        raise ValueError(
+            f"--init-from {source} is no complete checkpoint: give the folder of a run, or take only its model by "
+            "--model.weights"
+        )
     folder = RunFolder.holding(source)
-    if folder is None or not folder.has_class_ids():
+    if folder is None or folder.classes() is None:
         raise ValueError(
             f"--init-from {source} is not in the folder of a run that names its classes, as those of version 0.2.0 and "
             "later do; to start from its model alone, with new proxies: --model.weights"
         )
-    return source, CheckpointRecord.read(source), folder
+    return source, storage.patiently(lambda: CheckpointRecord.read(source)), folder
 
 
 def _unique(ids: pa.ChunkedArray, location: str) -> pa.Array:
@@ -161,13 +194,16 @@ def _unique(ids: pa.ChunkedArray, location: str) -> pa.Array:
     if len(counts) < len(ids):
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
         raise ValueError(f"{location} has class {twice} twice; merge the two, or rename one")
-    return ids.combine_chunks()
+    return ids.cast(pa.large_string()).combine_chunks()  # others hold at most 2 GiB
+
+
+def _read(location: str, name: str) -> bytes:
+    return storage.patiently(lambda: storage.read_bytes(storage.join(location, name)))
 
 
 def _write_checkpoint(run: Run, match: Match, *, num_gpus: int) -> None:
     config, source, record, places = run.config, match.source, match.record, match.places
-    weights = storage.read_bytes(storage.join(source, MODEL_FILE))
-    state = load_safetensors(storage.read_bytes(storage.join(source, OPTIMIZER_FILE)))
+    weights, state = _read(source, MODEL_FILE), load_safetensors(_read(source, OPTIMIZER_FILE))
     if config.optim.ema is None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(RAW)}
     elif not any(name.startswith(RAW) for name in state):
@@ -190,7 +226,8 @@ def _write_checkpoint(run: Run, match: Match, *, num_gpus: int) -> None:
             if "step" in rows:  # they have missed no update
                 rows["step"].view(part.num_rows, -1)[torch.from_numpy(is_new)] = state[f"{HISTORY}within"].shape[2]
         first_row = part.rows(config.proxies.per_class).start
-        write_rows(storage.join(target, rows_file(rank, num_files)), rows, start=first_row)
+        path = storage.join(target, rows_file(rank, num_files))
+        storage.patiently(functools.partial(write_rows, path, rows, start=first_row))
     begun = CheckpointRecord(
         step=0,
         num_classes=len(places),
@@ -205,7 +242,7 @@ def _write_checkpoint(run: Run, match: Match, *, num_gpus: int) -> None:
         RUN_FILE: begun.to_json(),
     }
     for name, content in contents.items():
-        storage.write_bytes(storage.join(target, name), content)
+        storage.patiently(functools.partial(storage.write_bytes, storage.join(target, name), content))
 
 
 def _blank_rows(num_classes: int, config: TrainConfig) -> dict[str, Tensor]:
@@ -229,11 +266,13 @@ def _read_known(
     for rank in range(record.world_size):
         saved = Partition(record.num_classes, rank, record.world_size)
         inside = order[(places[order] >= saved.start) & (places[order] < saved.stop)]
-        cuts = np.flatnonzero(np.diff(places[inside]) * config.per_class > ROWS_BETWEEN) + 1
+        far = np.diff(places[inside]) * config.per_class > ROWS_BETWEEN
+        cuts = np.flatnonzero(far | (np.diff(places[inside] // CLASSES_AT_ONCE) > 0)) + 1
         for part in np.split(inside, cuts) if len(inside) else []:
             first, last = int(places[part[0]]) * config.per_class, (int(places[part[-1]]) + 1) * config.per_class
             span = {name: tensor.new_empty(last - first, *tensor.shape[1:]) for name, tensor in rows.items()}
-            read_rows(storage.join(source, rows_file(rank, record.world_size)), span, first_row=first)
+            path = storage.join(source, rows_file(rank, record.world_size))
+            storage.patiently(functools.partial(read_rows, path, span, first_row=first))
             theirs, ours = (_rows_of(each, config.per_class) for each in (places[part], part))
             for name, tensor in rows.items():
                 tensor[ours] = span[name][theirs - first]

@@ -77,6 +77,9 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
         _announce(run, tracker)
         spent.end("setup")
         growth = _start_from_another(run, match)
+        if match is not None:
+            start.end("new classes")
+            spent.end("new classes")
         untrained = None
         if config.eval.untrained:
             untrained = _evaluate(run, tracker, step=0)
@@ -100,7 +103,7 @@ def train(config: TrainConfig, *, of_study: bool = False) -> TrainingResults:
             config=dataclasses.asdict(config),
         )
         _finish(run, results, tracker)
-    facts = {} if growth is None else {"classes": growth.sentence()}
+    facts = {} if growth is None else {"Classes": growth.sentence()}
     has_report = not of_study and _report(run, results, tracker, facts=facts)
     if config.tracking.register is not None:
         _register(config.tracking.register, run, tracker)
@@ -279,8 +282,8 @@ def _refuse_to_train_again(config: TrainConfig, folder: RunFolder, opening: "Fut
     if run_id is not None and storage.exists(unsent_file(config.storage, run_id)):
         opening.result().add_to(run_id)
     raise ValueError(
-        f"run {config.run_name} is finished: see {folder.results}; to train longer, start from its model: "
-        f"--model.weights {folder.best} with another --run-name"
+        f"run {config.run_name} is finished: see {folder.results}; to train longer, start from it: "
+        f"--init-from {folder.location} with another --run-name"
     )
 
 
@@ -362,12 +365,7 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
         commit = cluster.job_metadata().get("git_commit") or None  # set in the Makefile
         tracker.start(config, manifest, cluster=cluster.described(), git_commit=commit)
         tracker.note(_description(config, manifest))
-        folder.begin(
-            config,
-            digest=manifest.digest,
-            class_ids=manifest.class_ids("train"),
-            mlflow_run_id=tracker.run_id,
-        )
+        folder.begin(config, digest=manifest.digest, mlflow_run_id=tracker.run_id)
     else:
         digest = folder.data_digest() or ""
         if digest != manifest.digest:
@@ -377,6 +375,8 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
             )
         tracker.resume(mlflow_run_id)
         tracker.note(f"Continued {_now()}.")
+    if folder.classes() is None:
+        folder.record_classes(manifest)
     return Run(config, folder, manifest, schedule, tracker.run_id)
 
 
@@ -521,7 +521,7 @@ def _start_from_another(run: Run, match: "Match | None") -> "Growth | None":
     from nsl_dist.training.growth import growth_of, write_start
 
     if match is not None:
-        doing("embedding the images of new classes")
+        doing("copying the proxies of known classes, and embedding the images of new ones")
         write_start(run, match, num_gpus=_num_gpus(run.config))
         doing(None)
     return growth_of(run.folder)
@@ -554,9 +554,9 @@ def _finish(run: Run, results: TrainingResults, tracker: "Tracker") -> None:
     content = json.dumps(results.to_json(), indent=1)
     tracker.log_file(RESULTS_FILE, content)
     tracker.note(f"Finished {_now()}: {results.evaluation.recall_line()}; the best model is in {run.folder.best}.")
-    run.folder.prune_checkpoints(keep=run.config.checkpoint.keep)
     tracker.finish(status="FINISHED")
     storage.write_bytes(run.folder.results, content.encode())
+    run.folder.prune_checkpoints(keep=run.config.checkpoint.keep)
 
 
 def _report(run: Run, results: TrainingResults, tracker: "Tracker", *, facts: dict[str, str]) -> bool:

@@ -31,12 +31,20 @@ CONFIG = TrainConfig(
 )
 
 
-def manifest_of(root: Path, class_ids: list[str]) -> Manifest:
+def manifest_of(root: Path, class_ids: list[str], *, tested: list[str] | None = None) -> Manifest:
     root.mkdir(parents=True)
-    rows = [("train", label, class_id, 3, "shard", label) for label, class_id in enumerate(class_ids)]
+    splits = {"train": class_ids, "test": tested or ["unseen"]}
+    rows = [
+        (split, label, class_id, 3, "shard", label)
+        for split, ids in splits.items()
+        for label, class_id in enumerate(ids)
+    ]
     columns = [pa.array(column) for column in zip(*rows, strict=True)]
     pq.write_table(pa.Table.from_arrays(columns, schema=CLASSES_SCHEMA), root / "classes.parquet")
-    counts = {"train": {"num_images": 3 * len(rows), "num_classes": len(rows), "num_singletons": 0}}
+    counts = {
+        split: {"num_images": 3 * len(ids), "num_classes": len(ids), "num_singletons": 0}
+        for split, ids in splits.items()
+    }
     return Manifest(str(root), "folders", "photos", f"digest of {root.name}", counts, [], [])
 
 
@@ -101,7 +109,8 @@ def started(tmp_path: Path, config: TrainConfig) -> tuple[TrainConfig, RunFolder
     """Return a configuration that starts from a run, and the folder of that."""
     source = dataclasses.replace(config, storage=str(tmp_path), run_name="old")
     folder = RunFolder.of(source)
-    folder.begin(source, digest="d", class_ids=pa.chunked_array([BEFORE]), mlflow_run_id="m")
+    folder.begin(source, digest="d", mlflow_run_id="m")
+    folder.record_classes(manifest_of(tmp_path / "before", BEFORE, tested=["class 20", "class 21"]))
     return dataclasses.replace(source, run_name="new", init_from=folder.location), folder
 
 
@@ -132,6 +141,33 @@ def test_every_class_keeps_its_own_proxies(
     ranks.run(check_every_class_has_its_own, after, config, *places)
 
 
+def test_new_classes_start_where_their_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as random proxies on average, with nothing to catch up, and near each other if they are several."""
+    means = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    monkeypatch.setattr("nsl_dist.training.growth.mean_embeddings", lambda *arguments, **options: means)
+    proxies = ProxyConfig(per_class=2, sample_rate=0.3)
+    config, folder = started(tmp_path, dataclasses.replace(CONFIG, proxies=proxies))
+    train_and_write(0, 1, config, Path(folder.checkpoint(3)))
+    averaged = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema=0.9))
+    manifest = manifest_of(tmp_path / "new", ["class 30", *AFTER, "class 31"])
+    run = Run(averaged, RunFolder.of(config), manifest, Schedule(config.optim, 5), "m")
+    write_start(run, match_classes(averaged, manifest), num_gpus=0)
+    training = training_of(averaged, 9, 0, 1)
+    checkpoint.load(run.folder.checkpoint(0), training, digest="digest of new")
+    assert training.average is not None
+    for ours, theirs in zip(training.average.model.parameters(), training.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    before = training.proxies.weight.values.clone().unflatten(0, (9, 2))
+    after = training.proxies.complete(step=0)["weight"].unflatten(0, (9, 2))
+    assert not torch.equal(after[1:8], before[1:8])  # the others were not sampled in all steps
+    for place, mean in ((0, means[0]), (8, means[1])):
+        assert torch.equal(after[place], before[place])
+        direction = torch.from_numpy(mean / np.linalg.norm(mean))
+        torch.testing.assert_close(after[place, 0], direction * 3**-0.5)
+        near = torch.cosine_similarity(after[place, 1], direction, dim=0)
+        assert 0.7 < float(near) < 0.999
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     config, folder = started(tmp_path, CONFIG)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*/old"):
@@ -142,11 +178,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"model": dataclasses.replace(CONFIG.model, dim=16)}, "--model.dim 8 -> 16; use the same"),
         ({"proxies": ProxyConfig(per_class=2)}, "--proxies.per-class 1 -> 2; use the same"),
         ({"optim": dataclasses.replace(CONFIG.optim, optimizer="adamw")}, "--optim.optimizer sgd -> adamw"),
+        ({"optim": dataclasses.replace(CONFIG.optim, new_layers_epochs=1)}, "set --optim.new-layers-epochs 0"),
+        ({"model": dataclasses.replace(CONFIG.model, batch_norm="frozen")}, "--model.batch-norm local -> frozen"),
     ):
         with pytest.raises(ValueError, match=message):
             check_source(dataclasses.replace(config, **changes))
     with pytest.raises(ValueError, match=r"has class class 2 twice; merge the two, or rename one"):
         match_classes(config, manifest_of(tmp_path / "twice", [*AFTER, "class 2"]))
+    message = rf"2 of the test classes, such as class 1, are among those .*: --data.test-classes {folder.test_classes}"
+    with pytest.raises(ValueError, match=message):
+        match_classes(config, manifest_of(tmp_path / "seen", AFTER, tested=["class 1", "class 40", "class 6"]))
+    assert Path(folder.test_classes).read_text().split("\n") == ["class 20", "class 21", ""]
+    other = dataclasses.replace(manifest_of(tmp_path / "other", AFTER), layout="sop")
+    with pytest.raises(ValueError, match=r"is of layout folders, .*/other of sop: classes differ"):
+        match_classes(config, other)
+    folder.keep_best(3, recall={1: 0.5})
+    with pytest.raises(ValueError, match=r"best is no complete checkpoint: give the folder of a run, or take only its"):
+        check_source(dataclasses.replace(config, init_from=folder.best))
     (tmp_path / "runs" / "old" / "classes.parquet").unlink()
     with pytest.raises(ValueError, match=r"checkpoint_000000003 is not in the folder of a run that names its classes"):
         check_source(config)

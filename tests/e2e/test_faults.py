@@ -15,7 +15,6 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -234,7 +233,7 @@ def test_a_changed_configuration_is_refused(tmp_path: Path) -> None:
     folder = RunFolder.of(config)
     assert as_started(config) == config  # it was not
     free = dataclasses.replace(config, num_workers=2, device="cpu", max_failures=7, threads=3)
-    folder.begin(free, digest="d", class_ids=pa.chunked_array([["a"]]), mlflow_run_id="m")
+    folder.begin(free, digest="d", mlflow_run_id="m")
     refuse_to_change(config)
     settled = as_started(dataclasses.replace(config, num_workers=None))
     assert (settled.device, settled.num_workers, settled.threads) == ("cpu", 2, 3)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from nsl_dist.config import TrainConfig
@@ -69,7 +68,7 @@ def test_what_a_run_was_started_with_is_found_again(tmp_path: Path) -> None:
     folder = RunFolder.of(config)
     assert folder.location == f"{tmp_path}/runs/x"
     assert (folder.started_with(), folder.mlflow_run_id(), folder.data_digest()) == (None, None, None)
-    folder.begin(config, digest="d", class_ids=pa.chunked_array([["a"]]), mlflow_run_id="m")
+    folder.begin(config, digest="d", mlflow_run_id="m")
     assert (folder.started_with(), folder.mlflow_run_id(), folder.data_digest()) == (config, "m", "d")
     assert folder.left_out_shards() == []
     folder.leave_out(["train-00001.parquet"])
