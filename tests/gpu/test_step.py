@@ -16,7 +16,9 @@ from nsl_dist.config import DataConfig, ModelConfig, OptimConfig, ProxyConfig, T
 from nsl_dist.data.sampler import ClassBalancedPlan
 from nsl_dist.data.transforms import Normalise
 from nsl_dist.schedule import Schedule
+from nsl_dist.training import checkpoint
 from nsl_dist.training.step import TrainingStep
+from tests.support.checkpoints import write_step
 from tests.support.networks import remove_kinks
 
 CONFIG = TrainConfig(
@@ -45,12 +47,12 @@ def training_step(device: torch.device, config: TrainConfig = CONFIG) -> Trainin
     return training
 
 
-def run(training: TrainingStep, num_steps: int = NUM_STEPS) -> Tensor:
+def run(training: TrainingStep, num_steps: int = NUM_STEPS, *, first: int = 0) -> Tensor:
     """Train; return the losses."""
     return torch.stack(
         [
             training.run(images_of(step).to(training.device), PLAN.batch(step).labels, step=step).cpu()
-            for step in range(num_steps)
+            for step in range(first, num_steps)
         ]
     )
 
@@ -133,6 +135,28 @@ def test_training_learns(device: torch.device) -> None:
     images, labels = images_of(0).to(device), PLAN.batch(0).labels
     losses = [float(training.run(images, labels, step=step)) for step in range(16)]
     assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_adamw_with_an_average_goes_on_from_a_checkpoint(device: torch.device, tmp_path: Path) -> None:
+    """Its state is where the fused optimiser expects it; frozen layers and clipping are taken along."""
+    optim = dataclasses.replace(
+        CONFIG.optim, new_layers_epochs=0, optimizer="adamw", decay_norms=False, clip_norm=1.0, ema=0.9, frozen="conv1"
+    )
+    config = dataclasses.replace(CONFIG, optim=optim)
+    whole, before, after = (training_step(device, config) for _ in range(3))
+    start = state_of(whole)
+    expected = run(whole)
+    run(before, NUM_STEPS // 2)
+    write_step(before, tmp_path, step=NUM_STEPS // 2)
+    checkpoint.load(str(tmp_path), after, digest="d")
+    losses = run(after, first=NUM_STEPS // 2)
+    torch.testing.assert_close(losses, expected[NUM_STEPS // 2 :], rtol=1e-3, atol=0)
+    assert_changed_alike(state_of(after), state_of(whole), start, tolerance=1e-2)
+    assert whole.average is not None
+    assert after.average is not None
+    for ours, theirs in zip(after.average.model.parameters(), whole.average.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert torch.equal(state_of(after)["backbone.conv1.weight"], start["backbone.conv1.weight"])
 
 
 def test_a_compiled_step_trains_as_without(device: torch.device) -> None:
