@@ -1,4 +1,4 @@
-r"""Repeat a study of the paper: train its settings with several seeds and report whether its claims hold.
+r"""Run a study, of the paper but for margins: train its settings with several seeds and say which claims hold.
 
     python jobs/ablate.py layer-norm --data.root Stanford_Online_Products --recipe sop_resnet50_512
 

@@ -24,7 +24,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """A finding of the paper, tested per seed by a difference of recall@1 in points."""
+    """A statement, of the paper but for margins, tested per seed by a difference of recall@1 in points."""
 
     text: str
     difference: Callable[[Scores], float]
@@ -201,7 +201,7 @@ def temperature(base: TrainConfig) -> Study:
 
 
 def margin(base: TrainConfig) -> Study:
-    """Recall against margins, cosine (CosFace) and angular (ArcFace), which the paper has none of."""
+    """Recall against margins, cosine (CosFace) and angular (ArcFace); the paper has none."""
 
     def arm(kind: Literal["cosine", "angular"], size: float) -> Arm:
         proxies = replace(base.proxies, margin=size, margin_kind=kind)
