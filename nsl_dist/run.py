@@ -259,10 +259,12 @@ class RunFolder:
             names = manifest.class_ids(manifest.evaluation_splits[0]).to_pylist()
             storage.write_bytes(self.test_classes, ("\n".join(names) + "\n").encode())
 
-    def classes(self) -> pa.Table | None:
-        """Return the training classes, `class_id`, with their layout in the metadata; None if they are not recorded."""
-        if not storage.exists(self.file(_CLASSES_FILE)):
-            return None
+    def has_classes(self) -> bool:
+        """Return whether the training classes are recorded, as versions before 0.2.0 did not."""
+        return storage.exists(self.file(_CLASSES_FILE))
+
+    def classes(self) -> pa.Table:
+        """Return the recorded training classes, `class_id`, with their layout in the metadata."""
         filesystem, path = storage.resolve(self.file(_CLASSES_FILE))
         return pq.read_table(path, filesystem=filesystem)
 

@@ -133,7 +133,6 @@ def match_classes(config: TrainConfig, manifest: Manifest) -> Match:
     """
     source, record, folder = _source_of(config)
     table = folder.classes()
-    assert table is not None
     layout = table.schema.metadata[b"layout"].decode()
     if layout != manifest.layout:
         raise ValueError(
@@ -181,7 +180,7 @@ def _source_of(config: TrainConfig) -> tuple[str, CheckpointRecord, RunFolder]:
             "--model.weights"
         )
     folder = RunFolder.holding(source)
-    if folder is None or folder.classes() is None:
+    if folder is None or not folder.has_classes():
         raise ValueError(
             f"--init-from {source} is not in the folder of a run that names its classes, as those of version 0.2.0 and "
             "later do; to start from its model alone, with new proxies: --model.weights"

@@ -375,7 +375,7 @@ def begin(config: TrainConfig, folder: RunFolder, manifest: Manifest, tracker: "
             )
         tracker.resume(mlflow_run_id)
         tracker.note(f"Continued {_now()}.")
-    if folder.classes() is None:
+    if not folder.has_classes():
         folder.record_classes(manifest)
     return Run(config, folder, manifest, schedule, tracker.run_id)
 

@@ -53,8 +53,7 @@ def test_known_classes_keep_their_proxies_and_new_ones_are_where_their_images_ar
     source, start = trained.folder / "checkpoint_000000014", grown.folder / "checkpoint_000000000"
     before = [load_file(source / f"proxies-0000{rank}-of-00002.safetensors") for rank in (0, 1)]
     weight, velocity = (np.concatenate([each[name] for each in before]) for name in ("weight", "velocity"))
-    tables = [RunFolder(str(each.folder)).classes() for each in (trained, grown)]
-    old, new = (table["class_id"].to_pylist() for table in tables if table is not None)
+    old, new = (RunFolder(str(each.folder)).classes()["class_id"].to_pylist() for each in (trained, grown))
     rows = load_file(start / "proxies-00000-of-00001.safetensors")
     assert len(rows["weight"]) == len(new) == 28
     embedder, records = load_embedder(str(source)), np.loadtxt(grown.raw / "Ebay_train.txt", dtype=str, skiprows=1)
