@@ -149,6 +149,8 @@ def _build_torchvision(config: ModelConfig, *, pretrained: bool) -> nn.Module:
         _load(backbone, _published(_read_weights(path)), described=f"--model.weights {path}: not weights of {name}")
         return backbone
     available = torchvision.models.get_model_weights(name)
+    if config.weights == PACKAGED:
+        raise _no_package(name)
     if config.weights not in available.__members__:
         raise ValueError(
             f"--model.weights {config.weights!r} is neither a file, a run, nor weights of {name}, which has: "
@@ -276,6 +278,13 @@ def _build_timm(config: ModelConfig, *, pretrained: bool) -> tuple[nn.Module, in
     return nn.Sequential(_Rescale(ours, theirs), model), int(model.head_hidden_size)
 
 
+def _no_package(backbone: str) -> ValueError:
+    return ValueError(
+        f"--model.weights {PACKAGED}: no package has those of {backbone}, only of "
+        f"{', '.join(TIMM + each for each in PACKAGES)}; give --model.weights DEFAULT, which is downloaded, or None"
+    )
+
+
 def _load_packaged(model: nn.Module, backbone: str) -> None:
     """Load ImageNet weights, with the classifier, into a timm model from the package that holds them.
 
@@ -285,10 +294,7 @@ def _load_packaged(model: nn.Module, backbone: str) -> None:
     """
     name = backbone.removeprefix(TIMM)
     if name not in PACKAGES:
-        raise ValueError(
-            f"--model.weights {PACKAGED}: no package has those of {backbone}, only of: "
-            f"{', '.join(TIMM + each for each in PACKAGES)}"
-        )
+        raise _no_package(backbone)
     package, class_name = PACKAGES[name]
     try:
         found = importlib.import_module(package)

@@ -274,7 +274,8 @@ def main() -> None:
     arguments = [
         f"--storage={storage}", f"--num-workers={config.num_workers}", f"--checkpoint.every={config.checkpoint_every}",
         f"--optim.epochs={max(1, config.steps // 18)}", "--data.image-size=32", "--model.dim=32", "--max-failures=-1",
-        "--model.backbone=shufflenet_v2_x0_5", "--model.batch-norm=frozen", "--data.batch-size=60",
+        "--recipe=laptop_scratch", "--model.backbone=shufflenet_v2_x0_5", "--model.batch-norm=frozen",
+        "--data.batch-size=60",
         "--tracking.every=5",
         "--eval.no-nmi",
     ]  # fmt: skip

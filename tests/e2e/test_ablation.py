@@ -16,7 +16,8 @@ def test_a_study_trains_each_setting_once(
 ) -> None:
     flags = [
         "layer-norm", "--seeds", "0", f"--data.root={raw}", f"--storage={tmp_path}", "--run-name=study",
-        "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.image-size=32", "--data.batch-size=20",
+        "--recipe=laptop_scratch", "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.image-size=32",
+        "--data.batch-size=20",
         "--optim.epochs=1", "--tracking.every=2", "--eval.no-nmi",
     ]  # fmt: skip
     job(monkeypatch, "ablate", *flags)

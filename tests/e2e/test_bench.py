@@ -76,7 +76,8 @@ def test_bench_train(shards: Manifest, tmp_path: Path) -> None:
     storage = tmp_path / "storage"
     flags = [
         f"--data.root={shards.root}", f"--storage={storage}", "--data.image-size=32",
-        "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.batch-size=20", "--proxies.sample-rate=1",
+        "--recipe=laptop_scratch", "--model.backbone=timm/test_resnet", "--model.dim=16", "--data.batch-size=20",
+        "--proxies.sample-rate=1",
         "--tracking.every=2", "--device=cpu",
     ]  # fmt: skip
     parts = ["--parts", "stages", "training", "--workers", "1"]

@@ -81,7 +81,8 @@ def started(num_nodes: int, tmp_path: Path, run_name: str, flags: list[str]) -> 
     """Nodes, and a training on them in a process of its own."""
     root = write_sop(tmp_path / "raw", SIZES)
     small = [
-        "--max-failures=-1", "--tracking.every=5", "--data.batch-size=12", "--data.images-per-class=2",
+        "--recipe=laptop_scratch", "--max-failures=-1", "--tracking.every=5", "--data.batch-size=12",
+        "--data.images-per-class=2",
         "--data.image-size=32", "--model.dim=16", "--model.backbone=shufflenet_v2_x0_5",
         "--eval.no-nmi",
     ]  # fmt: skip

@@ -229,7 +229,11 @@ def test_other_files_are_no_weights(tmp_path: Path) -> None:
             ModelConfig("timm/resnet18", weights="V1"),
             "'V1' is neither a file, a run, packaged, nor DEFAULT.*resnet18.a1_in1k",
         ),
-        (ModelConfig("timm/resnet18", weights="packaged"), "no package has those of timm/resnet18, only of: .*_lite0"),
+        (
+            ModelConfig("timm/resnet18", weights="packaged"),
+            "no package has those of timm/resnet18, only of .*_lite0.*; give --model.weights DEFAULT",
+        ),
+        (ModelConfig("resnet18", weights="packaged"), "no package has those of resnet18, only of timm/tf_efficient"),
         (ModelConfig("vit_b_16", pooling="gem"), "gem: vit_b_16 does not end in the mean of a feature map"),
         (ModelConfig("vgg11", pooling="max"), "max: vgg11 does not end in the mean of a feature map"),
         (ModelConfig(backbone="resnet19"), "unknown --model.backbone 'resnet19'; torchvision has: .*resnet18"),
