@@ -103,12 +103,8 @@ def refuse_what_is_missing(config: TrainConfig) -> None:
         ValueError: there are some.
 
     """
-    plain = TrainConfig()
-    ours = [
-        f"--{name.replace('_', '-')}"
-        for name, value in flatten(config).items()
-        if name in MISSING and value != flatten(plain)[name]
-    ]
+    given, default = flatten(config), flatten(TrainConfig())
+    ours = [f"--{name.replace('_', '-')}" for name in MISSING if given[name] != default[name]]
     if ours:
         raise ValueError(f"plain PyTorch here has no {', '.join(ours)}; leave them out, or choose another --recipe")
 
