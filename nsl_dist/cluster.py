@@ -155,6 +155,12 @@ def totals() -> tuple[int, int]:
     return cpus, gpus
 
 
+def cores() -> int:
+    """Return the CPUs that compute at a time: a local Ray has more than its machine where a job reserves more."""
+    cpus = totals()[0]
+    return max(1, min(cpus, os.cpu_count() or 1) if len(live_nodes()) == 1 else cpus)
+
+
 def settle_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     """Resolve the device; "auto" means CUDA if the cluster has GPUs or its autoscaler can add some."""
     if wanted != "auto":

@@ -173,7 +173,7 @@ def _embedded(
     # Not `ray.data.range`, whose tasks would wait for a CPU while the actors have all of them.
     work = ray_internals.dataset_of_rows(places, ray.data.DataContext.get_current())
     # Few images are not worth the start of many processes.
-    most_actors = num_gpus or most_cpus or max(1, cluster.totals()[0])
+    most_actors = num_gpus or most_cpus or cluster.cores()
     most_actors = min(most_actors, math.ceil(num_images / config.eval.batch_size))
     if num_gpus:
         embedded = work.map_batches(read, batch_size=None, num_cpus=1, **cluster.prefer_cpu_nodes()).map_batches(

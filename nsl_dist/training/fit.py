@@ -199,7 +199,7 @@ def _evaluate_checkpoint(_: ray.train.Checkpoint, *, step: int, run: Run, record
     config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, nmi=False))
     weights = storage.join(run.folder.checkpoint(step), MODEL_FILE)
     assert config.worker_range is not None
-    spare_cpus = cluster.totals()[0] - config.worker_range[1] * config.cpus_per_worker
+    spare_cpus = cluster.cores() - config.worker_range[1] * config.cpus_per_worker
     with output("quiet"):  # Ray would print its progress with a prefix, between the lines of the training
         # Training holds the GPUs, and needs some of the CPUs that its workers leave to decode.
         results = evaluate(weights, config, run.manifest, num_gpus=0, most_cpus=max(1, spare_cpus // 2))
