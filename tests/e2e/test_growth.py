@@ -35,7 +35,6 @@ def grown(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Trai
     return TrainedRun(raw, home, done.stdout)
 
 
-@pytest.mark.slow
 def test_output_results_and_report_count_the_classes(grown: TrainedRun, trained: TrainedRun) -> None:
     source = trained.folder / "checkpoint_000000014"
     sentence = f"18 known classes, 10 new, 2 vanished; from {source}"
@@ -46,7 +45,6 @@ def test_output_results_and_report_count_the_classes(grown: TrainedRun, trained:
     assert sentence in (grown.folder / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_known_classes_keep_their_proxies_and_new_ones_are_where_their_images_are(
     grown: TrainedRun, trained: TrainedRun
 ) -> None:
@@ -69,7 +67,6 @@ def test_known_classes_keep_their_proxies_and_new_ones_are_where_their_images_ar
         assert not rows["velocity"][place].any()
 
 
-@pytest.mark.slow
 def test_training_goes_on_from_there(grown: TrainedRun, trained: TrainedRun) -> None:
     assert Path(grown.folder / "best" / "embedder.safetensors").exists()
     before, after = (json.loads((each.folder / "results.json").read_text()) for each in (trained, grown))
